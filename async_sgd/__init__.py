@@ -1,0 +1,1 @@
+"""Asynchronous training: consistency rules, damping, and the trainer on a parameter server."""

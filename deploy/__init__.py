@@ -1,0 +1,1 @@
+"""The command line, reports and benchmarks; joins plain objects into runs."""

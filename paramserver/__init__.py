@@ -1,0 +1,1 @@
+"""The parameter server: layout, shards, optimizers, transports, client, server actor."""

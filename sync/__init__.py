@@ -1,0 +1,1 @@
+"""Synchronous training: all-reduce between workers, every replica equal after every step."""

@@ -1,0 +1,128 @@
+"""What a run is asked to do, whichever mode it runs in."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from paramserver.clipping import Clip
+from paramserver.schedules import Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Size, budget, seed and deadlines of a run; both trainers take the same one."""
+
+    workers: int = 2
+    """Worker processes."""
+
+    batch_size: int | None = None
+    """Samples in one worker's batch; None takes the task's."""
+
+    epochs: float | None = None
+    """Passes through the training data, counted over all workers, after which the run ends."""
+
+    updates: int | None = None
+    """Updates of the parameters after which the run ends."""
+
+    until: str | None = None
+    """A metric to reach on the test data, such as ``accuracy=0.97`` or ``loss<=0.1``."""
+
+    seed: int = 0
+    """Seeds the model, the order of the data and everything random in the run."""
+
+    clip: Clip | None = None
+    """Gradient clipping; None leaves gradients as they are."""
+
+    schedule: Schedule | None = None
+    """Learning-rate schedule, stepped by applied updates; None keeps the rate."""
+
+    on_nan: Literal["drop", "stop"] = "stop"
+    """What a gradient with NaN or infinity does: it is dropped and counted, or stops the run."""
+
+    evaluate_every_s: float = 1.0
+    """Seconds between evaluations on the test data; 0 evaluates only at the end."""
+
+    checkpoint_every_s: float = 60.0
+    """Seconds between checkpoints; 0 writes only the one at the end."""
+
+    out: Path | None = None
+    """Folder of the run's record; None makes one under ``runs/``."""
+
+    resume: Path | None = None
+    """Record to go on from; the run continues in that folder."""
+
+    address: str | None = None
+    """Ray cluster to join; None starts Ray on this machine for the time of the run."""
+
+    threads: int | None = None
+    """torch threads in each worker; None divides the node's cores among its workers."""
+
+    wait_timeout_s: float = 60.0
+    """Seconds a worker may wait for others before the run stops and says who waits for whom."""
+
+    call_timeout_s: float = 60.0
+    """Seconds an answer of another process may take."""
+
+    max_failures: int = 10
+    """Processes that may be lost and replaced before the run gives up."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 1), ("batch_size", 1), ("updates", 1), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        if self.max_failures < 0:
+            raise ValueError(f"max_failures must be 0 or more, got {self.max_failures}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        for name in ("evaluate_every_s", "checkpoint_every_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 s or more, got {getattr(self, name)}")
+        for name in ("wait_timeout_s", "call_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 s, got {getattr(self, name)}")
+        if self.on_nan not in ("drop", "stop"):
+            raise ValueError(f"on_nan must be 'drop' or 'stop', got {self.on_nan!r}")
+        if self.until is not None:
+            Target.parse(self.until)
+        if self.out is not None and self.resume is not None:
+            raise ValueError("a resumed run continues in its own folder: give out or resume, not both")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A value of a metric that ends the run when it is reached."""
+
+    metric: str
+    value: float
+    at_least: bool
+    """Whether larger is better."""
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read ``name=value``, ``name>=value`` or ``name<=value``.
+
+        ``=`` means at most for a name that ends in ``loss`` or ``error``, else at least.
+
+        Raises:
+            ValueError: The text has another form.
+        """
+        found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|=)\s*(\S+)\s*", text)
+        try:
+            metric, sign, number = found.groups() if found else ("", "", "")
+            value = float(number)
+        except ValueError:
+            raise ValueError(
+                f"until must be like accuracy=0.97 or loss<=0.1, got {text!r}"
+            ) from None
+        falls = metric.endswith(("loss", "error"))
+        return cls(metric, value, sign == ">=" or (sign == "=" and not falls))
+
+    def reached(self, metrics: dict[str, float]) -> bool:
+        """Whether ``metrics`` reach the target; a metric that is not there raises KeyError."""
+        value = metrics[self.metric]
+        return value >= self.value if self.at_least else value <= self.value
