@@ -1,0 +1,28 @@
+"""Consistency rules: when a push is applied, when it is dropped, and who waits for whom.
+
+Each rule is a specification, a frozen dataclass that the command line names and a record stores,
+and a state machine that it builds; `paramserver.rules` says what the machine is told and answers.
+"""
+
+from async_sgd.rules.asynchronous import Asynchronous
+from async_sgd.rules.bounded import BoundedStaleness
+from async_sgd.rules.gathering import BSP, KofN, NSoftsync
+from async_sgd.rules.ssp import SSP
+from paramserver.registry import Registry
+from paramserver.rules import RuleSpec
+
+__all__ = ["BSP", "RULES", "SSP", "Asynchronous", "BoundedStaleness", "KofN", "NSoftsync"]
+
+RULES: Registry[RuleSpec] = Registry("rule")
+RULES.register("asp", Asynchronous, source="Dean et al., NIPS 2012")
+RULES.register("ssp", SSP, source="Ho et al., NIPS 2013")
+RULES.register("bsp", BSP, source="Valiant, CACM 33(8), 1990")
+RULES.register(
+    "bounded",
+    BoundedStaleness,
+    source="Koloskova et al., arXiv:2206.08307; Mishchenko et al., arXiv:2206.07638",
+)
+RULES.register(
+    "k-of-n", KofN, source="Chen et al., arXiv:1604.00981; Dutta et al., arXiv:1803.01113"
+)
+RULES.register("softsync", NSoftsync, source="Zhang et al., IJCAI 2016, arXiv:1511.05950")

@@ -1,0 +1,211 @@
+"""A shard's process: the data plane on a thread, and the control plane as actor methods.
+
+Workers never call these methods; their pushes go through the transport. The driver does, a few times
+a second at most: create, lead, look, save, stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from paramserver.clipping import Clip
+from paramserver.errors import ServerTimeoutError
+from paramserver.ledger import Ledger
+from paramserver.messages import Kind, Message
+from paramserver.optimizers import Optimizer
+from paramserver.schedules import Schedule
+from paramserver.sequencer import Progress, Sequencer
+from paramserver.server import Follower, Leader
+from paramserver.shard import Saved, Shard
+from paramserver.transports.shared_memory import Host
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """What one shard is made of."""
+
+    index: int
+    """Number of the shard; 0 leads."""
+
+    address: str
+    """Where it listens."""
+
+    capacity: int
+    """Snapshot buffers: one a worker and reader, plus one."""
+
+    token: str
+    """The run's secret."""
+
+    fingerprint: str
+    """The layout's."""
+
+    optimizer: Optimizer
+    schedule: Schedule | None = None
+    clip: Clip | None = None
+    version: int = 0
+
+    rule_state: dict[str, Any] | None = None
+    """The optimizer's saved ``state_dict``; None starts afresh."""
+
+    schedule_state: dict[str, Any] | None = None
+
+    threads: int = 1
+    """torch threads of the process."""
+
+
+class ShardServer:
+    """One shard behind its transport. Leads if it is shard 0."""
+
+    def __init__(self, config: ShardConfig, params: NDArray[Any]) -> None:
+        """Listen; `serve` starts to answer."""
+        torch.set_num_threads(config.threads)
+        self._config = config
+        vector = torch.from_numpy(np.array(params))  # Ray's arrays are read-only views
+        self._host = Host(config.address, vector.numel(), config.capacity, vector.dtype)
+        self._shard = Shard(
+            vector,
+            config.optimizer,
+            self._host.buffers,
+            schedule=config.schedule,
+            clip=config.clip,
+            version=config.version,
+        )
+        if config.rule_state is not None:
+            self._shard.restore(config.rule_state, config.schedule_state)
+        self._leader: Leader | None = None
+        self._seen_rows = 0
+
+    def follow(self) -> None:
+        """Serve as a follower."""
+        c = self._config
+        server = Follower(
+            self._shard,
+            self._host,
+            self._host.send,
+            token=c.token,
+            fingerprint=c.fingerprint,
+        )
+        self._host.serve(server)
+
+    def lead(self, sequencer: Sequencer, followers: Sequence[str], timeout_s: float) -> None:
+        """Serve as the leader of the shards at ``followers``, with a fresh ``sequencer``."""
+        c = self._config
+        hello = Message(Kind.LEAD, text=f"{c.token} {c.fingerprint}")
+        links = [self._host.lead(address, hello, timeout_s) for address in followers]
+        self._leader = Leader(
+            self._shard,
+            self._host,
+            self._host.send,
+            sequencer,
+            followers=links,
+            token=c.token,
+            fingerprint=c.fingerprint,
+        )
+        self._host.serve(self._leader)
+
+    def status(self) -> dict[str, Any]:
+        """Return where the run stands and what happened since the last call."""
+        leader = self._leading()
+        with self._host.lock:
+            s = leader.sequencer
+            new = s.ledger.rows(self._seen_rows)
+            self._seen_rows = len(s.ledger)
+            applied = new[new["dropped"] == 0]
+            recent = (
+                {
+                    "loss": float(np.mean(applied["loss"])),
+                    "staleness_mean": float(np.mean(applied["staleness"])),
+                    "staleness_max": int(np.max(applied["staleness"])),
+                }
+                if len(applied)
+                else {}
+            )
+            return {
+                "updates": s.version,
+                "gradients": s.gradients,
+                "samples": s.samples,
+                "seconds": self._host.now(),
+                "live": s.live(),
+                "waiting": {w: (sorted(o), t) for w, (o, t) in s.waiting(self._host.now()).items()},
+                "dropped": s.ledger.drop_reasons(),
+                "ended": s.ended,
+                "error": s.error if self._host.failure is None else self._host.failure,
+                **recent,
+            }
+
+    def save(self) -> tuple[Saved, Progress, Ledger]:
+        """Make every shard save itself at one version; return this one's part and the ledger."""
+        leader = self._leading()
+        with self._host.lock:
+            leader.save()
+            assert self._shard.saved is not None
+            return self._shard.saved, leader.sequencer.progress(), leader.sequencer.ledger
+
+    def saved(self, version: int, timeout_s: float) -> Saved:
+        """Wait until this shard has saved itself at ``version``, and return its part."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            with self._host.lock:
+                if self._shard.saved is not None and self._shard.saved.version == version:
+                    return self._shard.saved
+            time.sleep(0.002)  # the leader's order is on its way to this process
+        raise ServerTimeoutError(self._config.index, f"saving version {version}", timeout_s)
+
+    def stop(self, reason: str) -> None:
+        """End the run; workers are told."""
+        leader = self._leading()
+        with self._host.lock:
+            leader.stop(reason)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a run's record says of the ledger, the rule's bounds and the waits."""
+        with self._host.lock:
+            s = self._leading().sequencer
+            staleness: dict[str, Any] = s.ledger.staleness.summary()
+            staleness["per_worker"] = {
+                w: {"pushes": f.pushes, "mean": f.mean, "max": f.max}
+                for w, f in s.ledger.staleness.per_worker().items()
+            }
+            return {
+                "staleness": staleness,
+                "dropped": s.ledger.drop_reasons(),
+                "conservation": s.conservation.report(),
+                "invariants": [
+                    {"name": n, "bound": limit, "worst": value}
+                    for n, (value, limit) in s.worst.items()
+                ],
+                "waits": {
+                    k: {"count": w.count, "seconds": w.seconds} for k, w in sorted(s.waits.items())
+                },
+            }
+
+    def memory(self) -> dict[str, int]:
+        """Return the process's resident bytes, of them shared, and the bytes of one model."""
+        fields = [int(n) for n in _read("/proc/self/statm").split()]
+        page = 4096
+        model = self._host.buffers[0].numel() * self._host.buffers[0].element_size()
+        return {"resident": fields[1] * page, "shared": fields[2] * page, "model": model}
+
+    def close(self) -> None:
+        """Stop serving and give the memory back."""
+        self._host.close()
+
+    def _leading(self) -> Leader:
+        assert self._leader is not None, "only shard 0 leads"
+        return self._leader
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
+ShardActor = ray.remote(max_restarts=0, max_task_retries=0)(ShardServer)

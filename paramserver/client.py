@@ -1,0 +1,175 @@
+"""A worker's, or a reader's, way to all shards: reads are consistent cuts, pushes happen once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from paramserver.errors import ProtocolError
+from paramserver.messages import Kind, Message, raise_failure
+from paramserver.transports import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A consistent cut of the parameters, leased until the next push, read or release."""
+
+    version: int
+    params: tuple[Tensor, ...]
+    """One vector a shard. Not to be written, and not to be read after the lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The run is over; there is nothing more to read or push."""
+
+    reason: str
+
+
+class Client:
+    """One worker (0 or more) or reader (below 0). Used by one thread."""
+
+    def __init__(
+        self,
+        connections: Sequence[Connection],
+        *,
+        worker: int,
+        incarnation: int,
+        clock: int = 0,
+        wait_s: float = 120.0,
+        while_waiting: Callable[[], None] | None = None,
+    ) -> None:
+        """Speak over connections that said hello, the leader's first.
+
+        Args:
+            connections: One a shard, in the order of the shards; shard 0 leads.
+            worker: Number of the worker, or below 0 for a reader.
+            incarnation: Which life of the worker this is.
+            clock: Iterations its earlier lives have ended.
+            wait_s: Seconds an answer may take, a rule's waiting included.
+            while_waiting: Called between a push's messages and its answer; for tests.
+        """
+        self.worker, self.incarnation, self.clock = worker, incarnation, clock
+        self._leader, *self._followers = connections
+        self._connections = tuple(connections)
+        self._wait_s = wait_s
+        self._seq = 0
+        self._version = 0
+        self._while_waiting = while_waiting
+
+    @property
+    def slots(self) -> tuple[Tensor, ...]:
+        """Where the gradient is written before a push, one vector a shard."""
+        return tuple(c.slot for c in self._connections)
+
+    def first_read(self) -> Reading | Ended:
+        """Wait for the read that joining brings; a rule may make the worker wait for it."""
+        return self._answer(seq=0)
+
+    def push(
+        self, *, loss: float = 0.0, norm: float = 0.0, samples: int = 1, layer: str = ""
+    ) -> Reading | Ended:
+        """Push the gradient in `slots` and read the parameters that the next one is computed on.
+
+        Args:
+            loss: Mean loss of the batch at the parameters read.
+            norm: 2-norm of the whole gradient; not finite if the gradient is not.
+            samples: Samples the gradient is the mean of.
+            layer: The first parameter whose gradient is not finite, if one is.
+
+        Raises:
+            ServerTimeoutError, ServerLostError: It is not known whether the push was applied;
+                `retry` is safe.
+            ParamServerError: What ended the run, or why the push was refused.
+        """
+        self._seq += 1
+        self._push = Message(
+            Kind.PUSH, worker=self.worker, incarnation=self.incarnation, seq=self._seq,
+            clock=self.clock + 1, read_version=self._version, samples=samples, loss=loss, norm=norm,
+            text=layer,
+        )  # fmt: skip
+        answer = self.retry()
+        self.clock += 1
+        return answer
+
+    def retry(self) -> Reading | Ended:
+        """Send the last push again; it is applied once, however often it is sent."""
+        if self._followers:
+            for follower in self._followers:
+                follower.send(self._push)
+            for follower in self._followers:
+                self._await_held(follower)
+        self._leader.send(self._push)
+        if self._while_waiting is not None:
+            self._while_waiting()
+        return self._answer(self._seq)
+
+    def read(self) -> Reading:
+        """Read the parameters as they are now, for a reader that does not push."""
+        self._leader.send(Message(Kind.READ, worker=self.worker, incarnation=self.incarnation))
+        answer = self._answer(seq=0)
+        assert isinstance(answer, Reading)
+        return answer
+
+    def release(self) -> None:
+        """End the lease of the last read."""
+        self._leader.send(Message(Kind.RELEASE, worker=self.worker, incarnation=self.incarnation))
+
+    def close(self) -> None:
+        """Leave; nobody waits for this worker any more."""
+        for connection in self._connections:
+            connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _await_held(self, follower: Connection) -> None:
+        while True:
+            message = follower.receive(self._wait_s)
+            if message.kind == Kind.HELD and message.seq == self._seq:
+                return
+            self._raise_if_failed(message)
+
+    def _answer(self, seq: int) -> Reading | Ended:
+        """Wait for the leader's word, then for the same version from every other shard."""
+        while True:
+            message = self._leader.receive(self._wait_s)
+            self._raise_if_failed(message)
+            if message.kind == Kind.END:
+                return Ended(message.text)
+            if message.kind == Kind.GRANT and message.seq == seq:
+                break  # an earlier seq is the second answer to a push that was sent twice
+        self._version = message.version
+        params = [self._leader.buffers[message.buffer]]
+        for follower in self._followers:
+            params.append(follower.buffers[self._await_grant(follower, message).buffer])
+        return Reading(message.version, tuple(params))
+
+    def _await_grant(self, follower: Connection, granted: Message) -> Message:
+        while True:
+            message = follower.receive(self._wait_s)
+            self._raise_if_failed(message)
+            if message.kind != Kind.GRANT or message.seq < granted.seq:
+                continue
+            if message.version == granted.version:
+                return message
+            if message.version > granted.version:
+                raise ProtocolError(
+                    f"torn read: the leader granted version {granted.version}, another shard "
+                    f"{message.version}"
+                )
+
+    @staticmethod
+    def _raise_if_failed(message: Message) -> None:
+        if message.kind == Kind.FAIL:
+            raise_failure(message)
+

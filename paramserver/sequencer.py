@@ -1,0 +1,331 @@
+"""The one order: who is applied when, at which version, and who may go on.
+
+The sequencer lives beside the leading shard. It turns joins, pushes and departures into orders that
+every shard executes alike. It is a plain state machine: time is an argument, nothing waits, nothing
+is sent. What it decided is in the ledger, what it promised is checked as it goes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from paramserver.errors import (
+    InvariantError,
+    NonFiniteGradientError,
+    ParamServerError,
+    ProtocolError,
+    StragglerTimeoutError,
+)
+from paramserver.ledger import Conservation, Ledger
+from paramserver.messages import Action, Kind, Message
+from paramserver.rules import Damping, Drop, Push, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When a run has done what it was asked for; None is no limit."""
+
+    updates: int | None = None
+    samples: int | None = None
+
+
+@dataclass(slots=True)
+class _Worker:
+    incarnation: int
+    seq: int = 0
+    clock: int = 0
+    live: bool = True
+    read_at: float = 0.0
+    """When it was granted its read, in seconds of the run."""
+    waits_since: float | None = None
+    waits_for: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; what a checkpoint keeps of the sequencer."""
+
+    version: int = 0
+    gradients: int = 0
+    """Gradients accepted."""
+    samples: int = 0
+    """Samples of the accepted gradients."""
+    workers: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Incarnation, seq and clock of each worker: the table retries are recognised by."""
+
+
+@dataclass(slots=True)
+class Wait:
+    """How often and how long one worker waited for another."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+class Sequencer:
+    """Orders the events of a run. Calls come one at a time; ``now`` never goes back.
+
+    Each event returns the orders it causes. An order with `Action.READ` for a worker also is the
+    worker's permission to go on; `ended` workers get none.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        damping: Damping | None = None,
+        budget: Budget | None = None,
+        on_nan: Literal["drop", "stop"] = "stop",
+        wait_timeout_s: float = 60.0,
+        progress: Progress | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        """Start at ``progress``, adding to ``ledger``; without them, at the beginning."""
+        start = progress or Progress()
+        self.version = start.version
+        self.gradients = start.gradients
+        self.samples = start.samples
+        self.ledger = Ledger() if ledger is None else ledger
+        self.conservation = Conservation(start.version)
+        self.worst: dict[str, tuple[float, float]] = {}
+        """Largest value seen of each of the rule's bounds, and its limit then."""
+        self.waits: dict[str, Wait] = {}
+        self.ended: str | None = None
+        """Why the run ended; None while it goes."""
+        self.error: ParamServerError | None = None
+        """What broke the run, if something did."""
+        self._rule, self._damping = rule, damping
+        self._budget = budget or Budget()
+        self._on_nan = on_nan
+        self._wait_timeout_s = wait_timeout_s
+        self._workers = {
+            w: _Worker(t["incarnation"], t["seq"], t["clock"], live=False)
+            for w, t in start.workers.items()
+        }
+
+    def progress(self) -> Progress:
+        """Return where the run stands."""
+        table = {
+            w: {"incarnation": s.incarnation, "seq": s.seq, "clock": s.clock}
+            for w, s in sorted(self._workers.items())
+        }
+        return Progress(self.version, self.gradients, self.samples, table)
+
+    def clock(self, worker: int) -> int:
+        """Iterations ``worker`` has ended, over all its incarnations."""
+        return self._workers[worker].clock
+
+    def seq(self, worker: int) -> int:
+        """Number of the last push of ``worker`` that was decided about."""
+        return self._workers[worker].seq
+
+    def is_live(self, worker: int, incarnation: int) -> bool:
+        """Whether this very incarnation of ``worker`` takes part."""
+        state = self._workers.get(worker)
+        return state is not None and state.live and state.incarnation == incarnation
+
+    def is_computing(self, worker: int) -> bool:
+        """Whether ``worker`` was granted a read and has not pushed since."""
+        return self.conservation.read_version(worker) is not None
+
+    def live(self) -> list[int]:
+        """Workers that take part."""
+        return [w for w, s in self._workers.items() if s.live]
+
+    def waiting(self, now: float) -> dict[int, tuple[frozenset[int], float]]:
+        """Return, for each worker that waits, for whom and for how many seconds."""
+        return {
+            w: (s.waits_for, now - s.waits_since)
+            for w, s in self._workers.items()
+            if s.waits_since is not None
+        }
+
+    def on_join(self, worker: int, incarnation: int, now: float) -> list[Message]:
+        """``worker`` takes part; an earlier incarnation of it has ended.
+
+        Raises:
+            ProtocolError: The incarnation is not newer than the worker's last one.
+        """
+        orders: list[Message] = []
+        state = self._workers.get(worker)
+        if state is not None:
+            if incarnation <= state.incarnation:
+                raise ProtocolError(
+                    f"worker {worker} joined as incarnation {incarnation}, after "
+                    f"{state.incarnation}: it has been replaced"
+                )
+            orders += self.on_leave(worker, now)
+            state.incarnation, state.seq, state.live = incarnation, 0, True
+        else:
+            state = self._workers[worker] = _Worker(incarnation)
+        if self.ended is None:
+            self._rule.on_join(worker, state.clock)
+            orders += self._release(worker, now, [worker])
+        return orders
+
+    def is_duplicate(self, push: Message) -> bool:
+        """Whether ``push`` was decided about before; it must not be given to `on_push`.
+
+        Raises:
+            ProtocolError: The push is of a worker or incarnation that does not take part, skips a
+                number, or names another version than the worker was granted.
+        """
+        state = self._workers.get(push.worker)
+        if state is None or not state.live or push.incarnation != state.incarnation:
+            raise ProtocolError(
+                f"worker {push.worker}, incarnation {push.incarnation}, does not take part"
+            )
+        if push.seq > state.seq + 1:
+            raise ProtocolError(
+                f"worker {push.worker} sent push {push.seq}; {state.seq + 1} was expected"
+            )
+        if push.seq <= state.seq:
+            return True
+        granted = self.conservation.read_version(push.worker)
+        if push.read_version != granted:
+            raise ProtocolError(
+                f"worker {push.worker} says it read version {push.read_version}; it was granted "
+                f"{'none' if granted is None else granted}"
+            )
+        return False
+
+    def on_push(self, m: Message, now: float) -> list[Message]:
+        """Decide about a gradient that has arrived, for the first time."""
+        state = self._workers[m.worker]
+        state.seq, state.clock = m.seq, state.clock + 1
+        self.conservation.on_arrival(m.worker, m.read_version, self.version)
+        push = Push(m.worker, state.clock, m.read_version, self.version, max(m.samples, 1))
+        reason = self._refuse(m, state)
+        verdict = Drop(reason) if reason else self._rule.on_push(push)
+        if isinstance(verdict, Drop):
+            self._record(m, state, push, now, 0.0, verdict.reason)
+            orders = [self._order(Action.DISCARD, m.worker)]
+        else:
+            scale = verdict.scale
+            if self._damping is not None:
+                scale *= self._damping.scale(push.staleness)
+            self.gradients += 1
+            self.samples += push.samples
+            self._record(m, state, push, now, scale, None)
+            orders = [self._take(m, scale, verdict.step)]
+            self._check(push)
+        self._end_if_done()
+        return orders + self._release(m.worker, now, [m.worker])
+
+    def on_leave(self, worker: int, now: float) -> list[Message]:
+        """Forget ``worker``, dead or done; nobody waits for it any more."""
+        state = self._workers.get(worker)
+        if state is None or not state.live:
+            return []
+        state.live, state.waits_since, state.waits_for = False, None, frozenset()
+        self.conservation.on_abandon(worker, self.version)
+        orders = [self._order(Action.LEAVE, worker)]
+        if self._rule.on_leave(worker) and self.ended is None:
+            self._bump()
+            orders.append(self._order(Action.STEP, worker))
+            self._end_if_done()
+        return orders + self._release(worker, now, [])
+
+    def on_tick(self, now: float) -> None:
+        """Stop the run if a worker has waited too long."""
+        if self.ended is not None:
+            return
+        for worker, (others, waited_s) in self.waiting(now).items():
+            if waited_s > self._wait_timeout_s:
+                clocks = {w: self._workers[w].clock for w in others if w in self._workers}
+                clock = self._workers[worker].clock
+                self.fail(StragglerTimeoutError(worker, clock, clocks, waited_s))
+                return
+
+    def stop(self, reason: str) -> None:
+        """End the run: pushes that arrive from now on are dropped, nobody is granted a read."""
+        if self.ended is None:
+            self.ended = reason
+
+    def fail(self, error: ParamServerError) -> None:
+        """End the run because of ``error``; the first one is kept."""
+        if self.error is None:
+            self.error = error
+        self.stop(str(error))
+
+    def _refuse(self, m: Message, state: _Worker) -> str | None:
+        """Return why ``m`` is not even shown to the rule, or None."""
+        if self.ended is not None:
+            return "ended"
+        if math.isfinite(m.norm) and math.isfinite(m.loss):
+            return None
+        if self._on_nan == "stop":
+            self.fail(NonFiniteGradientError(m.worker, state.clock, m.text or "loss"))
+        return "nonfinite"
+
+    def _take(self, m: Message, scale: float, step: bool) -> Message:
+        if step:
+            self._bump()
+        return Message(
+            Kind.ORDER, Action.TAKE, m.worker, m.incarnation, m.seq, version=self.version,
+            samples=m.samples, step=int(step), scale=scale, norm=m.norm,
+        )  # fmt: skip
+
+    def _bump(self) -> None:
+        self.version += 1
+        self.conservation.on_bump(self.version)
+
+    def _record(
+        self, m: Message, state: _Worker, push: Push, now: float, scale: float, drop: str | None
+    ) -> None:
+        self.ledger.append(
+            version=self.version + (drop is None),
+            worker=m.worker, incarnation=m.incarnation, seq=m.seq, clock=state.clock,
+            read_version=m.read_version, staleness=push.staleness, start=state.read_at, end=now,
+            samples=push.samples, loss=m.loss, grad_norm=m.norm, scale=scale, dropped=drop,
+        )  # fmt: skip
+
+    def _check(self, push: Push) -> None:
+        """Check the rule's bounds and the conservation of staleness after an accepted push."""
+        bounds = [(b.name, b.limit, b.value, b.worker) for b in self._rule.bounds(push)]
+        if not self.conservation.holds:
+            law = self.conservation.report()
+            bounds.append(("staleness uncounted", 0, abs(law["left"] - law["right"]), push.worker))
+        for name, limit, value, worker in bounds:
+            if name not in self.worst or value >= self.worst[name][0]:
+                self.worst[name] = (value, limit)
+            if value > limit:
+                rule = self._rule.name
+                self.fail(InvariantError(rule, name, limit, value, worker, self.version))
+
+    def _end_if_done(self) -> None:
+        updates, samples = self._budget.updates, self._budget.samples
+        if updates is not None and self.version >= updates:
+            self.stop(f"{self.version} updates")
+        elif samples is not None and self.samples >= samples:
+            self.stop(f"{self.samples} samples")
+
+    def _release(self, cause: int, now: float, asking: list[int]) -> list[Message]:
+        """Grant reads to ``asking`` workers and to those that waited, if the rule lets them."""
+        blocked = [w for w, s in self._workers.items() if s.waits_since is not None and s.live]
+        orders: list[Message] = []
+        if self.ended is not None:
+            for worker in blocked:
+                self._workers[worker].waits_since = None
+            return orders
+        for worker in [*blocked, *asking]:
+            state = self._workers[worker]
+            others = self._rule.waits_for(worker)
+            if others:
+                state.waits_for = others
+                state.waits_since = now if state.waits_since is None else state.waits_since
+                continue
+            if state.waits_since is not None:
+                wait = self.waits.setdefault(f"worker {worker} for worker {cause}", Wait())
+                wait.count += 1
+                wait.seconds += now - state.waits_since
+                state.waits_since, state.waits_for = None, frozenset()
+            self.conservation.on_read(worker, self.version)
+            state.read_at = now
+            orders.append(self._order(Action.READ, worker))
+        return orders
+
+    def _order(self, action: Action, worker: int) -> Message:
+        return Message(Kind.ORDER, action, worker, version=self.version)

@@ -1,0 +1,239 @@
+"""One shard: a contiguous range of the parameters, its optimizer, and snapshots that stay still.
+
+A shard decides nothing. It holds gradients until the leader's order says what to do with them, and
+does that in the leader's order, so every shard passes through the same versions.
+
+Parameters live in a ring of buffers. Readers lease the current one and read it in place; a buffer
+with a lease is never written. When an update finds the current buffer leased it first copies it to
+a free one, which becomes current (copy on write):
+
+    buffers   [A: v7, leased by worker 1]   [B: v8, current, leased by worker 0]   [C: free]
+    worker 0 pushes: its lease on B ends -> nobody reads B -> v9 is written in place, no copy
+    worker 1 pushes: its lease on A ends -> B is leased again -> copy B to A, v10 is written to A
+
+So a version that nobody reads costs no copy, and one buffer a reader plus one is always enough.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paramserver.clipping import Clip
+from paramserver.errors import LayoutError, ProtocolError, ResourceError
+from paramserver.messages import Action, Message
+from paramserver.optimizers import Optimizer
+from paramserver.schedules import Schedule
+
+
+class Snapshots:
+    """The ring of parameter buffers and who reads which."""
+
+    def __init__(self, buffers: Sequence[Tensor], params: Tensor) -> None:
+        """Copy ``params``, shape ``(n,)``, into the first of ``buffers``, each of shape ``(n,)``."""
+        self._buffers = buffers
+        self._readers = [0] * len(buffers)
+        self._leases: dict[int, int] = {}  # reader -> buffer
+        self.current = 0
+        buffers[0].copy_(params)
+
+    @property
+    def params(self) -> Tensor:
+        """The parameters now. Not to be written: see `writable`."""
+        return self._buffers[self.current]
+
+    def lease(self, reader: int) -> int:
+        """Keep the current buffer as it is for ``reader``, whose earlier lease ends; return it."""
+        self.release(reader)
+        self._leases[reader] = self.current
+        self._readers[self.current] += 1
+        return self.current
+
+    def release(self, reader: int) -> None:
+        """End the lease of ``reader``; it may have none."""
+        buffer = self._leases.pop(reader, None)
+        if buffer is not None:
+            self._readers[buffer] -= 1
+
+    def writable(self) -> Tensor:
+        """Return the current parameters in a buffer that nobody reads.
+
+        Raises:
+            ResourceError: Every other buffer is leased; nothing was changed.
+        """
+        if self._readers[self.current]:
+            free = next((i for i, n in enumerate(self._readers) if n == 0), None)
+            if free is None:
+                raise ResourceError(
+                    f"all {len(self._buffers)} snapshot buffers are read; a shard made for fewer "
+                    "readers cannot take more"
+                )
+            self._buffers[free].copy_(self._buffers[self.current])
+            self.current = free
+        return self._buffers[self.current]
+
+    @property
+    def num_leases(self) -> int:
+        """Readers that hold a lease."""
+        return len(self._leases)
+
+
+@dataclass(slots=True)
+class _Held:
+    incarnation: int
+    seq: int
+    grad: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A shard as it was at one version; nothing in it is shared with the shard."""
+
+    version: int
+    params: Tensor
+    rule: dict[str, Any]
+    """The ``state_dict`` of the optimizer."""
+    scheduler: dict[str, Any] | None
+
+
+class Shard:
+    """The state machine of one range of the parameters. Calls come one at a time."""
+
+    def __init__(
+        self,
+        params: Tensor,
+        optimizer: Optimizer,
+        buffers: Sequence[Tensor],
+        *,
+        schedule: Schedule | None = None,
+        clip: Clip | None = None,
+        version: int = 0,
+    ) -> None:
+        """Start at ``params``, shape ``(n,)``.
+
+        Args:
+            params: The range's parameters; copied.
+            optimizer: Builds the rule that applies updates.
+            buffers: Snapshot buffers, shape ``(n,)`` each: one a reader plus one.
+            schedule: Changes the learning rate with every update.
+            clip: Applied to each update's gradient before the rule; None if workers clip.
+            version: Updates that made ``params``.
+        """
+        self.version = version
+        self.snapshots = Snapshots(buffers, params)
+        self._param = nn.Parameter(self.snapshots.params, requires_grad=False)
+        self.rule = optimizer.build([self._param])
+        self.scheduler = None if schedule is None else schedule.build(self.rule)
+        self._clip = clip
+        self.saved: Saved | None = None
+        """What the last `Action.SAVE` copied."""
+        self._held: dict[int, _Held] = {}
+        self._gathered: Tensor | None = None  # sum of weight * scale * gradient
+        self._weight = 0.0  # sum of weight * scale
+        self._full_weight = 0.0  # sum of weight
+
+    def hold(self, worker: int, incarnation: int, seq: int, grad: Tensor) -> None:
+        """Keep ``grad``, shape ``(n,)``, until an order says what to do with it; no copy is made.
+
+        Raises:
+            LayoutError: The gradient has another shape or dtype; it was not kept.
+        """
+        if grad.shape != self._param.shape or grad.dtype != self._param.dtype:
+            raise LayoutError(
+                f"expected a gradient of {self._param.numel()} {self._param.dtype}, got "
+                f"{tuple(grad.shape)} {grad.dtype}"
+            )
+        self._held[worker] = _Held(incarnation, seq, grad)
+
+    def execute(self, order: Message) -> int:
+        """Do what the leader ordered; return the buffer leased by `Action.READ`, else -1.
+
+        Raises:
+            ProtocolError: The order takes a gradient that is not held, or arrives out of order.
+        """
+        buffer = -1
+        match order.action:
+            case Action.TAKE:
+                self._take(order)
+            case Action.DISCARD:
+                self._held.pop(order.worker, None)
+                self.snapshots.release(order.worker)
+            case Action.STEP:
+                self._step_gathered(order.version)
+            case Action.READ:
+                buffer = self.snapshots.lease(order.worker)
+            case Action.RELEASE:
+                self.snapshots.release(order.worker)
+            case Action.LEAVE:
+                self._held.pop(order.worker, None)
+                self.snapshots.release(order.worker)
+            case Action.SAVE:
+                self.saved = self._save()
+            case _:
+                raise ProtocolError(f"there is no action {order.action}")
+        if self.version != order.version:
+            raise ProtocolError(f"an order for version {order.version} came at {self.version}")
+        return buffer
+
+    def _take(self, order: Message) -> None:
+        held = self._held.pop(order.worker, None)
+        if held is None or (held.incarnation, held.seq) != (order.incarnation, order.seq):
+            raise ProtocolError(
+                f"an order takes push {order.seq} of worker {order.worker}, which is not held"
+            )
+        # The pusher has finished with what it read: its buffer may be written again.
+        self.snapshots.release(order.worker)
+        if order.step and self._gathered_nothing:
+            self._apply(held.grad, order.norm, order.scale, order.version)
+            return
+        weight = float(max(order.samples, 1))
+        if self._gathered is None:
+            self._gathered = torch.zeros_like(held.grad)
+        self._gathered.add_(held.grad, alpha=weight * order.scale)
+        self._weight += weight * order.scale
+        self._full_weight += weight
+        if order.step:
+            self._step_gathered(order.version)
+
+    def _save(self) -> Saved:
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return Saved(
+            self.version,
+            self.snapshots.params.clone(),
+            copy.deepcopy(self.rule.state_dict()),
+            copy.deepcopy(scheduler),
+        )
+
+    def restore(self, rule: dict[str, Any], scheduler: dict[str, Any] | None) -> None:
+        """Go on with an optimizer's and a schedule's saved state."""
+        self.rule.load_state_dict(rule)
+        if self.scheduler is not None and scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)
+
+    @property
+    def _gathered_nothing(self) -> bool:
+        return self._full_weight == 0.0
+
+    def _step_gathered(self, version: int) -> None:
+        assert self._gathered is not None
+        mean = self._gathered.div_(self._weight)
+        # The mean direction takes the damping's share of the step: for SGD this is the mean of the
+        # damped gradients, and Adam, which ignores a gradient's scale, is damped as well.
+        norm = float(torch.linalg.vector_norm(mean)) if self._clip is not None else 0.0
+        self._apply(mean, norm, self._weight / self._full_weight, version)
+        mean.zero_()
+        self._weight = self._full_weight = 0.0
+
+    def _apply(self, grad: Tensor, norm: float, scale: float, version: int) -> None:
+        if self._clip is not None:
+            self._clip.apply_(grad, norm)
+        self._param.data = self.snapshots.writable()
+        self.rule.apply([grad], scale)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.version = version

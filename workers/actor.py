@@ -1,0 +1,153 @@
+"""The processes beside the server: workers that train, and one that evaluates."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from paramserver.client import Client
+from paramserver.clipping import Clip
+from paramserver.layout import Layout
+from paramserver.messages import Kind, Message
+from paramserver.transports.shared_memory import SharedMemoryConnection
+from workers.batches import Batches
+from workers.gradients import BoundModel
+from workers.loop import Finished, train
+from workers.task import Task, build_data, build_model, evaluate, recalibrate_batchnorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Servers:
+    """Where a run's shards are, and what it takes to be let in."""
+
+    addresses: tuple[str, ...]
+    """One a shard; the first leads."""
+    cuts: tuple[range, ...]
+    layout: Layout
+    token: str
+    timeout_s: float
+    """Seconds an answer may take."""
+    wait_s: float
+    """Seconds an answer may take when a rule may make the worker wait."""
+
+    def connect(self, worker: int, incarnation: int) -> Client:
+        """Join as ``worker``, or as a reader if it is below 0: followers first, then the leader."""
+        hello = Message(
+            Kind.HELLO,
+            worker=worker,
+            incarnation=incarnation,
+            text=f"{self.token} {self.layout.fingerprint}",
+        )
+        connections = [
+            SharedMemoryConnection(
+                self.addresses[shard],
+                shard,
+                len(self.cuts[shard]),
+                hello,
+                dtype=self.layout.dtype,
+                timeout_s=self.timeout_s,
+            )
+            for shard in reversed(range(len(self.addresses)))
+        ]
+        connections.reverse()
+        clock = connections[0].welcome.clock
+        return Client(
+            connections, worker=worker, incarnation=incarnation, clock=clock, wait_s=self.wait_s
+        )
+
+
+class Worker:
+    """One worker process of an asynchronous run."""
+
+    def __init__(self, task: Task, seed: int, threads: int) -> None:
+        """Build the model and load the data."""
+        keep_freed_memory()
+        torch.set_num_threads(threads)
+        self._task, self._seed = task, seed
+        self._model = build_model(task, seed)
+        self._examples = build_data(task).train
+
+    def pid(self) -> int:
+        """Return the process's id, once it is ready."""
+        return os.getpid()
+
+    def run(
+        self,
+        servers: Servers,
+        worker: int,
+        incarnation: int,
+        num_workers: int,
+        batch_size: int,
+        clip: Clip | None,
+    ) -> Finished:
+        """Train until the run has ended."""
+        batches = Batches(
+            len(self._examples),
+            batch_size,
+            seed=self._seed,
+            worker=worker,
+            num_workers=num_workers,
+        )
+        with servers.connect(worker, incarnation) as client:
+            return train(
+                self._task,
+                self._model,
+                servers.layout,
+                servers.cuts,
+                client,
+                self._examples,
+                batches,
+                seed=self._seed,
+                clip=clip,
+            )
+
+
+class Evaluator:
+    """Evaluates consistent snapshots while the workers go on."""
+
+    def __init__(self, task: Task, seed: int, threads: int) -> None:
+        """Build the model and load the data."""
+        torch.set_num_threads(threads)
+        self._task, self._seed = task, seed
+        self._model = build_model(task, seed)
+        self._data = build_data(task)
+        self._client: Client | None = None
+
+    def pid(self) -> int:
+        """Return the process's id, once it is ready."""
+        return os.getpid()
+
+    def connect(self, servers: Servers) -> None:
+        """Become a reader of the run's parameters."""
+        self._bound = BoundModel(self._model, servers.layout, servers.cuts)
+        self._client = servers.connect(-1, 0)
+
+    def evaluate(self) -> tuple[int, dict[str, float]]:
+        """Return the version that is current now, and its metrics on the test data."""
+        assert self._client is not None
+        reading = self._client.read()
+        self._bound.read(reading.params)
+        recalibrate_batchnorm(self._task, self._model, self._data.train, seed=self._seed)
+        metrics = evaluate(self._task, self._model, self._data.test)
+        self._client.release()
+        return reading.version, metrics
+
+
+def keep_freed_memory() -> None:
+    """Make malloc use a freed gradient's memory again instead of giving it back to the system.
+
+    By default glibc maps every large tensor afresh, and each step pays for its page faults.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+WorkerActor = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
+EvaluatorActor = ray.remote(max_restarts=0, max_task_retries=0)(Evaluator)

@@ -1,0 +1,89 @@
+"""Which samples a worker reads at each of its clocks, and the seeds of everything else random.
+
+    a permutation of all samples, made from the seed      3 0 5 | 7 2 6 | 1 4
+    worker w of 3 owns every third of it, from w on       w=1:  0 2 4
+    its stream: pass after pass, each a fresh shuffle     2 4 0   0 2 4   4 2 0 ...
+    batch c is the c-th piece of batch_size of it         [2 4] [0 0] [2 4] [4 2] ...
+
+So a worker sees each of its samples once a pass, and a batch depends on (seed, worker, clock)
+alone: a worker that takes over at any clock reads what the lost one would have read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PARTITION, _PASS, _STEP = range(3)
+"""First word of a random stream's key; it keeps the streams of one seed apart."""
+
+
+class Batches:
+    """The batches of one worker, by clock."""
+
+    def __init__(
+        self, num_examples: int, batch_size: int, *, seed: int, worker: int, num_workers: int
+    ) -> None:
+        """Cut the part of ``worker`` out of ``num_examples`` samples.
+
+        Raises:
+            ValueError: A value out of range, or fewer samples than it takes for this worker to
+                own one.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 sample or more, got {batch_size}")
+        if not 0 <= worker < num_workers:
+            raise ValueError(f"worker must be 0 to {num_workers - 1}, got {worker}")
+        if worker >= num_examples:
+            raise ValueError(
+                f"worker {worker} of {num_workers} would own no sample of {num_examples}: "
+                "use fewer workers or more data"
+            )
+        everything = _generator(seed, _PARTITION).permutation(num_examples)
+        self.part = torch.from_numpy(everything[worker::num_workers].astype(np.int64))
+        """Indices this worker owns, int64; together the workers' parts are every sample once."""
+        self._batch_size, self._seed, self._worker = batch_size, seed, worker
+        self._shuffled = (-1, self.part)  # the latest pass and its order
+
+    def indices(self, clock: int) -> Tensor:
+        """Return the samples of the batch at ``clock``, int64, shape ``(batch_size,)``.
+
+        Any clock may be asked for, in any order; going on to the next one is cheap. A batch that
+        reaches over the end of a pass, or is larger than the part, goes on with the next pass.
+        """
+        if clock < 0:
+            raise ValueError(f"clock must be 0 or more, got {clock}")
+        start = clock * self._batch_size
+        stop = start + self._batch_size
+        size = len(self.part)
+        pieces = []
+        while start < stop:
+            number, offset = divmod(start, size)
+            piece = self._pass(number)[offset : offset + stop - start]
+            pieces.append(piece)
+            start += len(piece)
+        return torch.cat(pieces)
+
+    def _pass(self, number: int) -> Tensor:
+        if self._shuffled[0] != number:
+            order = _generator(self._seed, _PASS, self._worker, number).permutation(len(self.part))
+            self._shuffled = (number, self.part[torch.from_numpy(order)])
+        return self._shuffled[1]
+
+
+def step_seed(seed: int, worker: int, clock: int) -> int:
+    """Return a seed for what is random inside one step, such as dropout; 63 bits."""
+    words = _sequence(seed, _STEP, worker, clock).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(_sequence(seed, *key)))
+
+
+def _sequence(seed: int, *key: int) -> np.random.SeedSequence:
+    """Mix a seed and a stream's key, so that near seeds and clocks give unrelated streams."""
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
+    return np.random.SeedSequence(seed, spawn_key=key)

@@ -1,0 +1,83 @@
+"""What an asynchronous worker does: read, compute a gradient, push, until the run has ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from paramserver.client import Client, Ended
+from paramserver.clipping import Clip
+from paramserver.layout import Layout
+from workers.batches import Batches, step_seed
+from workers.examples import Examples
+from workers.gradients import BoundModel
+from workers.task import Task, user_code
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a worker's part of a run ended."""
+
+    reason: str
+    clock: int
+    """Iterations it has ended, over all its incarnations."""
+
+
+def train(
+    task: Task,
+    model: nn.Module,
+    layout: Layout,
+    cuts: tuple[range, ...],
+    client: Client,
+    examples: Examples,
+    batches: Batches,
+    *,
+    seed: int,
+    clip: Clip | None = None,
+    before_push: Callable[[int], None] | None = None,
+) -> Finished:
+    """Train until the server says that the run has ended.
+
+    Args:
+        task: Gives the loss.
+        model: The task's model; its parameters are shown those of the server.
+        layout: Describes ``model``.
+        cuts: The shards' ranges.
+        client: A connected client that has joined.
+        examples: The training data.
+        batches: Which samples are read at each clock.
+        seed: Of the run; seeds what is random in each step.
+        clip: Applied to each gradient before it is pushed.
+        before_push: Called with the clock before each push; for faults and tests.
+
+    Raises:
+        ParamServerError: What ended the run early, as the server says it.
+    """
+    bound = BoundModel(model, layout, cuts)
+    bound.write_gradients_to(client.slots)
+    model.train()
+    reading = client.first_read()
+    while not isinstance(reading, Ended):
+        bound.read(reading.params)
+        torch.manual_seed(step_seed(seed, client.worker, client.clock))
+        indices = batches.indices(client.clock)
+        batch = examples.batch(indices)
+        with user_code(f"the loss of task {task.name!r}"):
+            loss = task.loss(model, batch)
+            norm = bound.backward(loss)
+        value = loss.item()
+        layer = ""
+        if not (math.isfinite(norm) and math.isfinite(value)):
+            layer = bound.nonfinite_layer() or "loss"
+            norm = math.nan
+        elif clip is not None:
+            for slot in client.slots:
+                clip.apply_(slot, norm)
+        if before_push is not None:
+            before_push(client.clock)
+        reading = client.push(loss=value, norm=norm, samples=len(indices), layer=layer)
+    return Finished(reading.reason, client.clock)

@@ -1,0 +1,196 @@
+"""What both trainers' drivers do beside driving: timers, the best version, and the record."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from paramserver.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from paramserver.layout import Layout
+from paramserver.ledger import Ledger
+from paramserver.record import Result, RunFolder, versions
+from workers.config import RunConfig, Target
+from workers.task import Task, is_minimised
+
+logger = logging.getLogger(__name__)
+
+_TRAIN_LINE_S = 1.0
+"""Seconds between two lines of training figures in metrics.jsonl."""
+
+
+class Run:
+    """One run, as its driver keeps it. Used by one thread."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: RunConfig,
+        described: Mapping[str, Any],
+        folder: RunFolder,
+        resumed: Checkpoint | None,
+    ) -> None:
+        """Keep the run that `described` tells of in ``folder``; see `start`."""
+        self.folder, self.resumed = folder, resumed
+        self.started_at: float | None = None
+        self.num_failures = 0
+        self._task, self._config, self._described = task, config, dict(described)
+        self._target = None if config.until is None else Target.parse(config.until)
+        extra: Mapping[str, Any] = {} if resumed is None else resumed.extra
+        self._seconds_before = float(extra.get("seconds", 0.0))
+        self._best: dict[str, Any] = dict(extra.get("best", {}))
+        self._final: dict[str, float] = {}
+        self._failures: list[dict[str, Any]] = []
+        self._last_evaluation = self._last_checkpoint = self._last_line = 0.0
+        self._counts = (0, 0.0)  # updates and seconds at the last line
+        self._result: Result | None = None
+
+    @classmethod
+    def start(
+        cls, task: Task, config: RunConfig, layout: Layout, described: Mapping[str, Any]
+    ) -> Run:
+        """Make the run's folder, or open the one that is resumed and load its checkpoint.
+
+        Raises:
+            RecordError: The folder cannot be used.
+            CheckpointError: There is nothing to resume, or it is of another model.
+        """
+        if config.resume is not None:
+            folder = RunFolder.reopen(config.resume)
+            resumed = load_checkpoint(folder.checkpoint, layout)
+            return cls(task, config, described, folder, resumed)
+        folder = RunFolder.create(config.out, f"{task.name}-{described['mode']}")
+        run = cls(task, config, described, folder, None)
+        folder.write_config(run.configuration())
+        return run
+
+    def configuration(self) -> dict[str, Any]:
+        """Return everything the run was asked for."""
+        config = {name: getattr(self._config, name) for name in self._config.__dataclass_fields__}
+        plain = {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in config.items()}
+        return {"task": self._task.name, **plain, **self._described}
+
+    def started(self) -> None:
+        """Start the clock: the workers go."""
+        self.started_at = time.monotonic()
+        self._last_checkpoint = self._last_line = self.started_at
+        self._last_evaluation = self.started_at
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        since = 0.0 if self.started_at is None else time.monotonic() - self.started_at
+        return self._seconds_before + since
+
+    def evaluation_is_due(self) -> bool:
+        """Whether to start an evaluation now."""
+        return self._is_due("_last_evaluation", self._config.evaluate_every_s)
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether to write a checkpoint now."""
+        return self._is_due("_last_checkpoint", self._config.checkpoint_every_s)
+
+    def evaluated(
+        self, version: int, metrics: dict[str, float], status: Mapping[str, Any]
+    ) -> str | None:
+        """Record ``metrics`` of ``version``; return why to stop if they reach the target."""
+        headline = self._task.headline
+        self._final = metrics
+        value = metrics[headline]
+        best = self._best.get(headline)
+        if best is None or (value < best if is_minimised(headline) else value > best):
+            self._best = {**metrics, "version": version, "seconds": self.seconds}
+        self.folder.log({"kind": "test", **self._axes(status), "version": version, **metrics})
+        if self._target is None:
+            return None
+        if self._target.metric not in metrics:
+            raise ValueError(
+                f"until names {self._target.metric!r}; task {self._task.name!r} has "
+                f"{', '.join(sorted(metrics))}"
+            )
+        return f"{self._config.until} reached" if self._target.reached(metrics) else None
+
+    def tell(
+        self, status: Mapping[str, Any], progress: Callable[[Mapping[str, Any]], None] | None
+    ) -> None:
+        """Show where the run stands, and write a line of it once a second."""
+        now = time.monotonic()
+        updates, before = self._counts
+        rate = (status["updates"] - updates) / max(now - before, 1e-9) if before else 0.0
+        figures = {
+            **{k: status[k] for k in ("loss", "staleness_mean", "staleness_max") if k in status},
+            "updates_per_s": rate,
+        }
+        if now - self._last_line >= _TRAIN_LINE_S and "loss" in status:
+            self.folder.log({"kind": "train", **self._axes(status), **figures})
+            self._last_line = now
+        self._counts = (status["updates"], now)
+        if progress is not None:
+            test = {f"test_{name}": value for name, value in self._final.items()}
+            progress({**status, **figures, **test, "seconds": self.seconds, "failures": self.num_failures})
+
+    def failed(self, what: str) -> int:
+        """Count the loss of a process; return how many were lost."""
+        self.num_failures += 1
+        self._failures.append({"what": what, "seconds": self.seconds})
+        logger.warning("%s was lost after %.1f s and is replaced", what, self.seconds)
+        return self.num_failures
+
+    def save(self, checkpoint: Checkpoint, ledger: Ledger | None = None) -> None:
+        """Write a checkpoint, and the ledger up to it."""
+        checkpoint.extra.update(seconds=self.seconds, best=self._best)
+        save_checkpoint(self.folder.checkpoint, checkpoint)
+        if ledger is not None:
+            ledger.save(self.folder.updates)
+
+    def finish(self, reason: str, status: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """Write the record's result."""
+        seconds = self.seconds
+        record = {
+            "config": self.configuration(),
+            "versions": versions(),
+            **{k: self._described[k] for k in ("mode", "optimizer")},
+            "task": self._task.name,
+            "workers": self._config.workers,
+            "shards": self._described.get("shards", 1),
+            "updates": status["updates"],
+            "gradients": status["gradients"],
+            "samples": status["samples"],
+            "seconds": seconds,
+            "updates_per_s": status["updates"] / max(seconds, 1e-9),
+            "gradients_per_s": status["gradients"] / max(seconds, 1e-9),
+            "final": self._final,
+            "best": self._best,
+            "failures": self._failures,
+            "stopped_because": reason,
+            **summary,
+        }
+        self.folder.write_result(record)
+        self._result = Result(
+            path=self.folder.path,
+            metrics=self._final,
+            best=self._best,
+            checkpoint=self.folder.checkpoint if self.folder.checkpoint.exists() else None,
+            stopped_because=reason,
+            record=record,
+        )
+
+    def result(self) -> Result:
+        """Return the finished run's result."""
+        assert self._result is not None, "the run has not finished"
+        return self._result
+
+    def _axes(self, status: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "gradients": status["gradients"],
+            "updates": status["updates"],
+            "seconds": self.seconds,
+        }
+
+    def _is_due(self, last: str, every_s: float) -> bool:
+        now = time.monotonic()
+        if every_s == 0 or now - getattr(self, last) < every_s:
+            return False
+        setattr(self, last, now)
+        return True

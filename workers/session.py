@@ -1,0 +1,64 @@
+"""Ray for the time of a run: joined at an address, or started on this machine and stopped after."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from paramserver.errors import ResourceError
+
+
+@contextmanager
+def ray_session(address: str | None, num_processes: int) -> Iterator[None]:
+    """Have Ray for the time of the block; a Ray that runs already is used and left as it is.
+
+    Args:
+        address: Cluster to join; None starts Ray on this machine, where nothing listens to other
+            machines.
+        num_processes: Processes the run needs at the same time.
+
+    Raises:
+        ResourceError: No Ray answers at ``address``, or it cannot be started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _start(address, num_processes)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None, num_processes: int) -> None:
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns where it is unset
+    try:
+        if address is None:
+            # One CPU a process, so that Ray starts them all at once; threads are set by the run.
+            ray.init(
+                num_cpus=num_processes,
+                include_dashboard=False,
+                object_store_memory=256 * 2**20,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        where = "on this machine" if address is None else f"at {address}"
+        first_line = str(error).strip().partition("\n")[0]
+        raise ResourceError(
+            f"no Ray {where}: {first_line} (start one with `ray start --head`, or leave address out)"
+        ) from error
+
+
+def kill(actors: Mapping[Any, Any]) -> None:
+    """End actors at once, whatever they do."""
+    for actor in actors.values():
+        ray.kill(actor)

@@ -1,0 +1,215 @@
+"""A task: a model, its data, its loss, and the metrics it is judged by.
+
+    def my_task() -> Task:
+        images, labels = torch.rand(1000, 64), torch.randint(10, (1000,))
+        train, test = TensorExamples(images[:800], labels[:800]), TensorExamples(images[800:], ...)
+
+        def accuracy(model: nn.Module, batch: Batch) -> dict[str, float]:
+            inputs, targets = batch
+            return {"accuracy": (model(inputs).argmax(1) == targets).float().mean().item()}
+
+        return Task(
+            name="mine",
+            model=lambda: nn.Linear(64, 10),
+            data=lambda: Data(train, test),
+            loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            metrics=accuracy,
+        )
+
+Tasks travel to workers with cloudpickle, so lambdas and local functions are welcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from paramserver.errors import ParamServerError, TaskError
+from workers.batches import Batches
+from workers.examples import Batch, Data, Examples, TensorExamples, as_examples
+
+__all__ = [
+    "Batch",
+    "Data",
+    "Examples",
+    "Task",
+    "TensorExamples",
+    "as_examples",
+    "build_data",
+    "build_model",
+    "evaluate",
+    "is_minimised",
+    "recalibrate_batchnorm",
+    "user_code",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained, and how it is judged."""
+
+    name: str
+    """How records and messages call it."""
+
+    model: Callable[[], nn.Module]
+    """Makes the model on the CPU; called under a seed."""
+
+    data: Callable[[], Data]
+    """Loads the samples; called once in every process that needs them."""
+
+    loss: Callable[[nn.Module, Batch], Tensor]
+    """The mean loss of the model over a batch, a scalar to differentiate."""
+
+    metrics: Callable[[nn.Module, Batch], dict[str, float]] | None = None
+    """Other means over a batch, by name, such as ``accuracy``; ``loss`` is always there."""
+
+    headline: str = "accuracy"
+    """The metric that decides which parameters are best; see `is_minimised`."""
+
+    batch_size: int = 32
+    """Samples in one worker's batch, unless the run says otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be 1 sample or more, got {self.batch_size}")
+        if self.metrics is None and self.headline != "loss":
+            raise ValueError(
+                f"headline must be 'loss' for a task without metrics, got {self.headline!r}"
+            )
+
+
+def is_minimised(metric: str) -> bool:
+    """Whether less of ``metric`` is better: its name ends in loss, error or distance."""
+    return metric.endswith(("loss", "error", "distance"))
+
+
+def build_model(task: Task, seed: int) -> nn.Module:
+    """Make the task's model from ``seed``; the process's own random state is left as it was.
+
+    Raises:
+        TaskError: The task's factory failed; its error is the cause.
+    """
+    with torch.random.fork_rng(devices=[]), user_code(f"the model of task {task.name!r}"):
+        torch.manual_seed(seed)
+        model: object = task.model()
+    if not isinstance(model, nn.Module):
+        raise TaskError(
+            f"the model of task {task.name!r} must be a torch.nn.Module, got {type(model).__name__}"
+        )
+    return model
+
+
+def build_data(task: Task) -> Data:
+    """Load the task's data.
+
+    Raises:
+        DataError: Data is missing or altered.
+        TaskError: The task's factory failed otherwise, or a part of the data is empty.
+    """
+    with user_code(f"the data of task {task.name!r}"):
+        data: object = task.data()
+    if not isinstance(data, Data):
+        raise TaskError(
+            f"the data of task {task.name!r} must be a Data(train, test), got {type(data).__name__}"
+        )
+    for part, examples in (("train", data.train), ("test", data.test)):
+        if len(examples) == 0:
+            raise TaskError(f"the {part} data of task {task.name!r} is empty")
+    return data
+
+
+def evaluate(
+    task: Task, model: nn.Module, examples: Examples, batch_size: int = 1000
+) -> dict[str, float]:
+    """Return the mean loss and metrics of ``model`` over all ``examples``, each sample once.
+
+    The model runs in eval mode without gradients and gets its training modes back.
+
+    Raises:
+        TaskError: No examples, or the task's loss or metrics failed; their error is the cause.
+    """
+    if len(examples) == 0:
+        raise TaskError(f"task {task.name!r} has no examples to evaluate")
+    totals: dict[str, float] = {}
+    with _modes_of(model), user_code(f"evaluating task {task.name!r}"):
+        model.eval()
+        for start in range(0, len(examples), batch_size):
+            indices = torch.arange(start, min(start + batch_size, len(examples)))
+            batch = examples.batch(indices)  # a tensor it keeps must stay fit for training
+            with torch.inference_mode():
+                means = {} if task.metrics is None else task.metrics(model, batch)
+                means = {**means, "loss": task.loss(model, batch).item()}
+            for name, mean in means.items():
+                totals[name] = totals.get(name, 0.0) + mean * len(indices)
+    if task.headline not in totals:
+        raise TaskError(
+            f"task {task.name!r} is judged by {task.headline!r} and has only "
+            f"{', '.join(sorted(totals))}: return it from metrics, or set headline"
+        )
+    return {name: total / len(examples) for name, total in totals.items()}
+
+
+def recalibrate_batchnorm(
+    task: Task,
+    model: nn.Module,
+    examples: Examples,
+    *,
+    seed: int,
+    num_batches: int = 16,
+    batch_size: int = 256,
+) -> None:
+    """Set BatchNorm's running statistics from training batches; all else stays as it is.
+
+    The server holds parameters only, so a model that got its parameters from it has the running
+    statistics of no run at all. They become the plain average over the batches that ``seed`` draws;
+    dropout is off, as it is when the statistics are used. Without BatchNorm nothing happens.
+
+    Source: `torch.optim.swa_utils.update_bn`, which meets the same problem.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    batches = Batches(len(examples), batch_size, seed=seed, worker=0, num_workers=1)
+    momenta = [norm.momentum for norm in norms]
+    with _modes_of(model), torch.no_grad(), user_code(f"the loss of task {task.name!r}"):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # torch's sign for the plain average
+        try:
+            for clock in range(num_batches):
+                task.loss(model, examples.batch(batches.indices(clock)))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Re-raise what a user's function raises as a `TaskError` with its message, and it as cause.
+
+    Errors of our own tree, such as a `DataError`, pass unchanged.
+    """
+    try:
+        yield
+    except ParamServerError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{what} failed: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _modes_of(model: nn.Module) -> Iterator[None]:
+    """Give every module its training mode back, also where some were in eval mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
