@@ -13,7 +13,9 @@ workers that died, and ends the run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +51,8 @@ from workers.loop import Finished
 from workers.run import Run
 from workers.session import ray_session
 from workers.task import Task, build_data, build_model
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 """Seconds between two looks at the run."""
@@ -89,7 +93,7 @@ class AsyncTrainer:
         self.config = config or RunConfig()
         self.rule: RuleSpec = rule or Asynchronous()
         self.damping, self.shards = damping, shards
-        self._progress = progress
+        self.progress = progress
         clip = self.config.clip
         gathers = self.rule.build(self.config.workers).gathers
         if (
@@ -119,11 +123,11 @@ class AsyncTrainer:
         num_train = len(build_data(self.task).train)
         run = Run.start(self.task, self.config, layout, self._described())
         start = run.resumed or Checkpoint.fresh(
-            layout, layout.flatten(model), self._optimizer_name()
+            layout, layout.flatten(model), self.optimizer_description()
         )
-        if start.optimizer != self._optimizer_name():
+        if start.optimizer != self.optimizer_description():
             raise CheckpointError(
-                f"{run.folder.path} was trained with {start.optimizer}, not {self._optimizer_name()}"
+                f"{run.folder.path} was trained with {start.optimizer}, not {self.optimizer_description()}"
             )
         with ray_session(self.config.address, self.config.workers + self.shards + 1):
             fleet = _Fleet(self, layout, cuts, start, num_train, run)
@@ -136,7 +140,8 @@ class AsyncTrainer:
                 fleet.close()
         return run.result()
 
-    def _optimizer_name(self) -> dict[str, object]:
+    def optimizer_description(self) -> dict[str, object]:
+        """Return the optimizer as the record holds it."""
         return OPTIMIZERS.describe(self.optimizer)
 
     def _described(self) -> dict[str, object]:
@@ -144,7 +149,7 @@ class AsyncTrainer:
         damping = None if self.damping is None else type(self.damping).__name__
         return {
             "mode": "async",
-            "optimizer": self._optimizer_name(),
+            "optimizer": self.optimizer_description(),
             "rule": RULES.describe(self.rule),
             "damping": damping,
             "shards": self.shards,
@@ -187,7 +192,7 @@ class _Fleet:
         self._evaluator: Any = None
         self._evaluation: Any = None
         self._task_ref = ray.put(trainer.task)
-        cores = int(ray.cluster_resources().get("CPU", 1)) if self._config.address else _cores()
+        cores = len(os.sched_getaffinity(0))
         self._threads = self._config.threads or max(1, cores // self._config.workers)
         self._clip_at_worker, self._clip_at_shard = self._place_clip()
 
@@ -225,7 +230,7 @@ class _Fleet:
                 self._stop(reached)
             if self._run.checkpoint_is_due() and status["ended"] is None:
                 self._checkpoint()
-            self._run.tell({**status, "waiting": status["waiting"]}, self._t._progress)
+            self._run.tell(status, self._t.progress)
             if status["error"] is not None:
                 self._fail(status["error"])
             if status["ended"] is not None and not self._drain():
@@ -267,6 +272,7 @@ class _Fleet:
             wait_timeout_s=c.wait_timeout_s,
             progress=progress,
             ledger=ledger,
+            expected=c.workers,
         )
 
     def _start_shard(self, index: int) -> None:
@@ -323,9 +329,9 @@ class _Fleet:
                 self._spawn(worker)
                 self._let_go(worker)
         except ray.exceptions.RayTaskError as error:
-            cause = error.as_instanceof_cause()
+            cause = error.cause
             if isinstance(cause, ServerLostError | ServerTimeoutError):
-                self._status()  # names a shard's own failure, which is the better message
+                cause = self._status()["error"] or cause  # the shard knows better what happened
             self._fail(cause)
         else:
             assert finished.reason
@@ -362,7 +368,7 @@ class _Fleet:
             layout=self._layout,
             version=saved.version,
             params=torch.cat([part.params for part in parts]),
-            optimizer=self._t._optimizer_name(),
+            optimizer=self._t.optimizer_description(),
             state=replace(state, schedule=saved.scheduler),
             workers={str(w): table for w, table in progress.workers.items()},
             extra={"mode": "async", "gradients": progress.gradients, "samples": progress.samples},
@@ -382,7 +388,7 @@ class _Fleet:
                 try:
                     ray.get(ref, timeout=self._config.call_timeout_s)
                 except ray.exceptions.RayError as error:
-                    self._run.note(f"worker {worker} ended with {type(error).__name__}")
+                    logger.info("worker %d ended with %s", worker, type(error).__name__)
         return not self._runs
 
     def _finish(self, reason: str) -> None:
@@ -412,7 +418,7 @@ class _Fleet:
         except ray.exceptions.GetTimeoutError as error:
             raise ServerTimeoutError(0, doing, timeout_s) from error
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise error.cause from None
         except ray.exceptions.RayActorError as error:
             raise RunFailedError(
                 f"a server process was lost while {doing}; go on from the last checkpoint with "
@@ -433,9 +439,3 @@ class _Fleet:
                 f"{wanted} workers need {wanted} CPUs and the cluster at {self._config.address} has "
                 f"{there:g}: use fewer workers or add nodes"
             )
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))

@@ -92,9 +92,7 @@ class Client:
             clock=self.clock + 1, read_version=self._version, samples=samples, loss=loss, norm=norm,
             text=layer,
         )  # fmt: skip
-        answer = self.retry()
-        self.clock += 1
-        return answer
+        return self.retry()
 
     def retry(self) -> Reading | Ended:
         """Send the last push again; it is applied once, however often it is sent."""
@@ -106,12 +104,16 @@ class Client:
         self._leader.send(self._push)
         if self._while_waiting is not None:
             self._while_waiting()
-        return self._answer(self._seq)
+        answer = self._answer(self._seq)
+        self.clock = self._push.clock
+        return answer
 
     def read(self) -> Reading:
         """Read the parameters as they are now, for a reader that does not push."""
-        self._leader.send(Message(Kind.READ, worker=self.worker, incarnation=self.incarnation))
-        answer = self._answer(seq=0)
+        self._seq += 1  # tells this read's answer from that of one that timed out
+        read = Message(Kind.READ, worker=self.worker, incarnation=self.incarnation, seq=self._seq)
+        self._leader.send(read)
+        answer = self._answer(self._seq)
         assert isinstance(answer, Reading)
         return answer
 
@@ -128,7 +130,10 @@ class Client:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -172,4 +177,3 @@ class Client:
     def _raise_if_failed(message: Message) -> None:
         if message.kind == Kind.FAIL:
             raise_failure(message)
-

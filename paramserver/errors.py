@@ -99,7 +99,9 @@ class InvariantError(ParamServerError):
 class StragglerTimeoutError(ParamServerError):
     """A worker waited too long for slower ones. Its push was applied; pulling again is safe."""
 
-    def __init__(self, worker: int, clock: int, waits_for: Mapping[int, int], waited_s: float) -> None:
+    def __init__(
+        self, worker: int, clock: int, waits_for: Mapping[int, int], waited_s: float
+    ) -> None:
         super().__init__(worker, clock, dict(waits_for), waited_s)
         self.worker, self.clock, self.waited_s = worker, clock, waited_s
         self.waits_for = dict(waits_for)

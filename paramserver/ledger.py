@@ -168,6 +168,15 @@ class Ledger:
         ledger._num_rows = len(rows)
         return ledger
 
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle the rows there are, not the room for more."""
+        return {**self.__dict__, "_rows": self._rows[: max(self._num_rows, 1)]}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take rows that may be read-only, as Ray's are."""
+        self.__dict__.update(state)
+        self._rows = self._rows.copy()
+
     def _count_drop(self, reason: str) -> int:
         self._drops[reason] = self._drops.get(reason, 0) + 1
         return self._codes.setdefault(reason, len(self._codes) + 1)

@@ -2,7 +2,7 @@
 
                   worker                leader (orders)            follower (another shard)
     join          HELLO  -------------> WELCOME, GRANT  ---ORDER-> WELCOME, GRANT
-    push          PUSH   ------------------------------------>     HELD      (slice kept, not applied)
+    push          PUSH   ------------------------------------>     HELD      (kept, not applied)
                   PUSH   -------------> GRANT | END | FAIL -ORDER-> GRANT     (commit)
     read again    READ   -------------> GRANT              -ORDER-> GRANT
     let go        RELEASE ------------> .                  -ORDER-> .
@@ -132,8 +132,10 @@ def decode(data: bytes | memoryview) -> Message:
 
 def failure(error: ParamServerError) -> Message:
     """Make the message that raises ``error`` at the other side."""
-    described = {"type": type(error).__name__, "args": error.args}
-    return Message(Kind.FAIL, text=json.dumps(described))
+    text = json.dumps({"type": type(error).__name__, "args": error.args})
+    if len(text) > MAX_BYTES - _HEADER.size:  # cut short it could not be read at all
+        text = json.dumps({"type": "ParamServerError", "args": [str(error)[:1000]]})
+    return Message(Kind.FAIL, text=text)
 
 
 def raise_failure(message: Message) -> None:

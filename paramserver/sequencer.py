@@ -81,8 +81,13 @@ class Sequencer:
         wait_timeout_s: float = 60.0,
         progress: Progress | None = None,
         ledger: Ledger | None = None,
+        expected: int = 0,
     ) -> None:
-        """Start at ``progress``, adding to ``ledger``; without them, at the beginning."""
+        """Start at ``progress``, adding to ``ledger``; without them, at the beginning.
+
+        Nobody is granted a read before ``expected`` workers have joined: a rule that averages over
+        all of them would otherwise close its first round with those that came first.
+        """
         start = progress or Progress()
         self.version = start.version
         self.gradients = start.gradients
@@ -98,12 +103,14 @@ class Sequencer:
         """What broke the run, if something did."""
         self._rule, self._damping = rule, damping
         self._budget = budget or Budget()
+        self._expected = expected
         self._on_nan = on_nan
         self._wait_timeout_s = wait_timeout_s
         self._workers = {
             w: _Worker(t["incarnation"], t["seq"], t["clock"], live=False)
             for w, t in start.workers.items()
         }
+        self._end_if_done()
 
     def progress(self) -> Progress:
         """Return where the run stands."""
@@ -114,11 +121,11 @@ class Sequencer:
         return Progress(self.version, self.gradients, self.samples, table)
 
     def clock(self, worker: int) -> int:
-        """Iterations ``worker`` has ended, over all its incarnations."""
+        """Return how many iterations ``worker`` has ended, over all its incarnations."""
         return self._workers[worker].clock
 
     def seq(self, worker: int) -> int:
-        """Number of the last push of ``worker`` that was decided about."""
+        """Return the number of the last push of ``worker`` that was decided about."""
         return self._workers[worker].seq
 
     def is_live(self, worker: int, incarnation: int) -> bool:
@@ -162,7 +169,11 @@ class Sequencer:
             state = self._workers[worker] = _Worker(incarnation)
         if self.ended is None:
             self._rule.on_join(worker, state.clock)
-            orders += self._release(worker, now, [worker])
+            joined = self.live()
+            if len(joined) >= self._expected:
+                first = self._expected > 0
+                self._expected = 0
+                orders += self._release(worker, now, joined if first else [worker])
         return orders
 
     def is_duplicate(self, push: Message) -> bool:
@@ -183,6 +194,8 @@ class Sequencer:
             )
         if push.seq <= state.seq:
             return True
+        if push.norm < 0:
+            raise ProtocolError(f"worker {push.worker} sent a gradient of norm {push.norm}")
         granted = self.conservation.read_version(push.worker)
         if push.read_version != granted:
             raise ProtocolError(

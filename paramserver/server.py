@@ -54,30 +54,44 @@ class _Server:
     ) -> None:
         self.shard = shard
         self._memory, self._send = memory, send
-        self._credentials = f"{token} {fingerprint}"
-        self._token_length = len(token)
+        self._credentials = f"{token} {fingerprint}".encode()
+        self._token_length = len(token.encode())
         self._conns: dict[int, Conn] = {}  # worker or reader -> its connection
         self._names: dict[Conn, tuple[int, int]] = {}  # connection -> (worker, incarnation)
         self._answers: dict[int, tuple[int, Message]] = {}  # worker -> its last seq, and the answer
 
-    def _admit(self, conn: Conn, m: Message) -> None:
-        given = m.text
-        wanted = self._credentials
+    def _check_hello(self, conn: Conn, m: Message) -> None:
+        given, wanted = m.text.encode(), self._credentials
         if not hmac.compare_digest(given[: self._token_length], wanted[: self._token_length]):
             raise ProtocolError("the token is not this run's")
         if given != wanted:
             raise ProtocolError("the model is laid out in another way than the server's")
         if conn in self._names:
             raise ProtocolError("this connection has said hello already")
+        before = self._conns.get(m.worker)
+        if before is not None and self._names[before][1] >= m.incarnation:
+            raise ProtocolError(
+                f"worker {m.worker} joined as incarnation {m.incarnation}, but incarnation "
+                f"{self._names[before][1]} of it is connected: it has been replaced"
+            )
         spare = len(self._memory.buffers) - 1
-        if m.worker not in self._conns and len(self._conns) >= spare:
-            raise ResourceError(f"this server was made for {spare} readers and has them all")
+        if before is None and len(self._conns) >= spare:
+            raise ResourceError(
+                f"this server was made for {spare} workers and readers, and has them all"
+            )
+
+    def _enter(self, conn: Conn, m: Message) -> None:
         self._conns[m.worker] = conn
         self._names[conn] = (m.worker, m.incarnation)
 
     def _sender(self, conn: Conn, m: Message) -> None:
         if self._names.get(conn) != (m.worker, m.incarnation):
             raise ProtocolError(f"a message of worker {m.worker} came over another's connection")
+        if self._conns[m.worker] is not conn:  # a slow shard hears the dead after their successors
+            raise ProtocolError(
+                f"worker {m.worker}, incarnation {m.incarnation}, does not take part: it has been "
+                "replaced"
+            )
 
     def _hold(self, conn: Conn, m: Message) -> None:
         self.shard.hold(m.worker, m.incarnation, m.seq, self._memory.slot(conn))
@@ -90,9 +104,11 @@ class _Server:
             self._send(conn, message)
 
     def _forget(self, conn: Conn) -> tuple[int, int] | None:
+        """Return who is gone with ``conn``; None if nobody, or one with a newer connection."""
         name = self._names.pop(conn, None)
-        if name is not None and self._conns.get(name[0]) is conn:
-            del self._conns[name[0]]
+        if name is None or self._conns.get(name[0]) is not conn:
+            return None
+        del self._conns[name[0]]
         return name
 
 
@@ -102,25 +118,40 @@ class Follower(_Server):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self._leader: Conn | None = None
+        self._broken: ParamServerError | None = None
 
     def on_message(self, conn: Conn, m: Message, now: float) -> None:
-        """Handle one message; what is refused is answered with `Kind.FAIL`."""
+        """Handle one message; what is refused is answered with `Kind.FAIL`.
+
+        An order that cannot be executed leaves this shard behind the others for good: every worker
+        is told why, so none of them waits for it.
+        """
         try:
+            if self._broken is not None:
+                raise self._broken
             self._handle(conn, m)
         except ParamServerError as error:
-            self._send(conn, failure(error))
+            told: list[Conn] = [conn]
+            if conn is self._leader:
+                told = [] if self._broken else list(self._names)
+                self._broken = error
+            for each in told:
+                self._send(each, failure(error))
 
     def _handle(self, conn: Conn, m: Message) -> None:
         match m.kind:
             case Kind.ORDER if conn is self._leader:
                 self._execute(m)
             case Kind.LEAD:
-                if m.text != self._credentials or self._leader is not None:
-                    raise ProtocolError("this is not the leader, or there is one already")
+                if not hmac.compare_digest(m.text.encode(), self._credentials):
+                    raise ProtocolError("the leader's token or layout is not this run's")
+                if self._leader is not None:
+                    raise ProtocolError("this follower has a leader already")
                 self._leader = conn
                 self._send(conn, Message(Kind.WELCOME))
             case Kind.HELLO:
-                self._admit(conn, m)
+                self._check_hello(conn, m)
+                self._enter(conn, m)
                 self._send(conn, Message(Kind.WELCOME, worker=m.worker))
             case Kind.PUSH:
                 self._sender(conn, m)
@@ -145,7 +176,7 @@ class Follower(_Server):
             self._answers.pop(order.worker, None)
 
     def on_gone(self, conn: Conn, now: float) -> None:
-        """A connection has ended. What its worker held goes when the leader says so."""
+        """Forget a connection that has ended. What its worker held goes when the leader says so."""
         if conn is self._leader:
             self._leader = None
         self._forget(conn)
@@ -191,11 +222,13 @@ class Leader(_Server):
                 self._hold(conn, m)
                 self._carry_out(self.sequencer.on_push(m, now))
             case Kind.HELLO:
-                self._admit(conn, m)
+                self._check_hello(conn, m)
                 if m.worker < 0:
+                    self._enter(conn, m)
                     self._send(conn, Message(Kind.WELCOME, worker=m.worker))
                     return
-                orders = self.sequencer.on_join(m.worker, m.incarnation, now)
+                orders = self.sequencer.on_join(m.worker, m.incarnation, now)  # or refuse it
+                self._enter(conn, m)
                 self._answers.pop(m.worker, None)
                 clock = self.sequencer.clock(m.worker)
                 self._send(conn, Message(Kind.WELCOME, worker=m.worker, clock=clock))
@@ -204,7 +237,7 @@ class Leader(_Server):
                 self._sender(conn, m)
                 if m.worker >= 0:
                     raise ProtocolError("a worker reads by pushing; only readers read without")
-                self._carry_out([self._order(Action.READ, m.worker)])
+                self._carry_out([self._order(Action.READ, m.worker)._replace(seq=m.seq)])
             case Kind.RELEASE:
                 self._sender(conn, m)
                 self._carry_out([self._order(Action.RELEASE, m.worker)])
@@ -215,7 +248,7 @@ class Leader(_Server):
                 raise ProtocolError(f"a leader does not take message {m.kind}")
 
     def on_gone(self, conn: Conn, now: float) -> None:
-        """A connection has ended, by its worker's will or death."""
+        """Handle the end of a connection, by its worker's will or death."""
         name = self._forget(conn)
         if name is None:
             return
@@ -248,15 +281,27 @@ class Leader(_Server):
         for order in orders:
             worker = order.worker
             if order.action == Action.READ and worker >= 0:
-                order = order._replace(seq=self.sequencer.seq(worker))
+                order = order._replace(seq=self.sequencer.seq(worker))  # noqa: PLW2901
             for follower in self._followers:
                 self._send(follower, order)
-            buffer = self.shard.execute(order)
+            try:
+                buffer = self.shard.execute(order)
+            except ParamServerError as error:
+                self._break(error)
+                return
             if order.action == Action.READ:
                 grant = Message(
                     Kind.GRANT, worker=worker, seq=order.seq, version=order.version, buffer=buffer
                 )
                 self._answer(worker, order.seq, grant)
+
+    def _break(self, error: ParamServerError) -> None:
+        """End the run: this shard is behind its own orders for good. Tell every worker why."""
+        self.sequencer.fail(error)
+        assert self.sequencer.error is not None
+        for worker in self.sequencer.live():
+            seq = self.sequencer.seq(worker)
+            self._answer(worker, seq, failure(self.sequencer.error)._replace(seq=seq))
 
     def _answer_again(self, conn: Conn, m: Message) -> None:
         """Repeat the answer to a push; one that still waits gets its answer when it comes."""

@@ -35,7 +35,7 @@ class Snapshots:
     """The ring of parameter buffers and who reads which."""
 
     def __init__(self, buffers: Sequence[Tensor], params: Tensor) -> None:
-        """Copy ``params``, shape ``(n,)``, into the first of ``buffers``, each of shape ``(n,)``."""
+        """Copy ``params`` into the first of ``buffers``, all of shape ``(n,)``."""
         self._buffers = buffers
         self._readers = [0] * len(buffers)
         self._leases: dict[int, int] = {}  # reader -> buffer

@@ -104,7 +104,7 @@ class DataSet:
 
     def _folders(self, data_dir: str | None) -> list[Path]:
         named = (data_dir, os.environ.get("PARAMSERVER_DATA"))
-        folders = [Path(folder).expanduser() for folder in named if folder]
+        folders = [Path(folder).expanduser().absolute() for folder in named if folder]
         return [*folders, _cache(), *map(Path, self.system_folders)]
 
     def _missing(self, file: DataFile, data_dir: str | None) -> DataError:

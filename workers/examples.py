@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from paramserver.errors import TaskError
 
@@ -61,12 +61,13 @@ class DatasetExamples:
     """Samples of a map-style `torch.utils.data.Dataset`, collated as a DataLoader does."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        by_index = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not by_index or isinstance(dataset, IterableDataset):
             raise TaskError(
                 f"{type(dataset).__name__} is not a map-style dataset: samples are read by index, "
                 "so it needs __len__ and __getitem__"
             )
-        self._dataset, self._num_samples = dataset, len(dataset)
+        self._dataset, self._num_samples = dataset, len(cast(Sized, dataset))
 
     def __len__(self) -> int:
         """Return the number of samples."""

@@ -1,4 +1,4 @@
-"""A model on flat vectors: parameters are views of what was read, gradients go where they are pushed.
+"""A model on flat vectors: parameters show what was read, gradients go where they are pushed.
 
     shard 0's vector  |--- weight 1 ---|b1|--- wei|          |ght 2 ---|b2|  shard 1's vector
                             view        view   copied, because a tensor that is cut is in two places
@@ -10,7 +10,7 @@ backward has made it, while it is in the cache, and its memory is used again for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ class BoundModel:
 
     def read(self, vectors: Sequence[Tensor]) -> None:
         """Show the parameters in ``vectors``, one a shard; they must stay as they are."""
-        for i, (parameter, slot) in enumerate(zip(self._parameters, self.layout.slots, strict=True)):
+        both = zip(self._parameters, self.layout.slots, strict=True)
+        for i, (parameter, slot) in enumerate(both):
             if i in self._own:
                 whole = self._own[i].view(-1)
                 for shard, start, stop, at in self._pieces[i]:
@@ -60,16 +61,17 @@ class BoundModel:
     def write_gradients_to(self, slots: Sequence[Tensor]) -> None:
         """Move gradients into ``slots``, one vector a shard, from the next backward on."""
         self._slots = [
-            [slots[shard][start:stop] for shard, start, stop, _ in pieces] for pieces in self._pieces
+            [slots[shard][start:stop] for shard, start, stop, _ in pieces]
+            for pieces in self._pieces
         ]
 
     def backward(self, loss: Tensor) -> float:
-        """Run backward from ``loss`` and return the 2-norm of the gradient that is now in the slots.
+        """Run backward from ``loss``; return the 2-norm of the gradient, which is in the slots.
 
         A parameter the loss does not depend on has gradient 0.
         """
         self._arrived = [False] * len(self._parameters)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for i, arrived in enumerate(self._arrived):
             if not arrived:
                 for piece in self._slots[i]:
@@ -92,14 +94,18 @@ class BoundModel:
                 return slot.name
         return ""
 
-    def _mover(self, i: int):  # type: ignore[no-untyped-def]
+    def _mover(self, i: int) -> Callable[[Tensor], None]:
         """Make the hook that moves the gradient of parameter ``i`` into its slot."""
 
         def move(parameter: Tensor) -> None:
             assert parameter.grad is not None
             flat = parameter.grad.reshape(-1)
             for piece, (_, start, stop, at) in zip(self._slots[i], self._pieces[i], strict=True):
-                piece.copy_(flat[at : at + stop - start])
+                part = flat[at : at + stop - start]
+                if self._arrived[i]:  # reentrant checkpointing brings a gradient in several parts
+                    piece.add_(part)
+                else:
+                    piece.copy_(part)
             parameter.grad = None
             self._arrived[i] = True
 

@@ -37,6 +37,8 @@ def ray_session(address: str | None, num_processes: int) -> Iterator[None]:
 
 def _start(address: str | None, num_processes: int) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    # Ray's token for a cluster of one's own is welcome; a line about it at every start is not.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns where it is unset
     try:
         if address is None:

@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -59,8 +59,10 @@ _PAGE = mmap.PAGESIZE
 class Segment:
     """A piece of anonymous shared memory, seen as equal rows of a tensor."""
 
-    def __init__(self, fd: int, rows: int, numel: int, dtype: torch.dtype, *, writable: bool) -> None:
-        """Map ``rows`` rows of ``numel`` elements of the memory behind ``fd``, which is kept open."""
+    def __init__(
+        self, fd: int, rows: int, numel: int, dtype: torch.dtype, *, writable: bool
+    ) -> None:
+        """Map ``rows`` rows of ``numel`` elements of the memory behind ``fd``, and keep it open."""
         self.fd = fd
         stride = _stride(numel, dtype)
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
@@ -82,7 +84,9 @@ class Segment:
     @classmethod
     def attach(cls, fd: int, numel: int, dtype: torch.dtype, *, writable: bool) -> Segment:
         """Map a segment that another process made."""
-        return cls(fd, os.fstat(fd).st_size // _stride(numel, dtype), numel, dtype, writable=writable)
+        return cls(
+            fd, os.fstat(fd).st_size // _stride(numel, dtype), numel, dtype, writable=writable
+        )
 
     def close(self) -> None:
         """Close the descriptor; the memory goes with the last tensor that shows it."""
@@ -97,7 +101,9 @@ class Link:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0))
+        sock.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0)
+        )
         self._buffer = bytearray(MAX_BYTES)
         self._view = memoryview(self._buffer)
 
@@ -145,7 +151,9 @@ class Link:
         """Wait for a message that brings ``count`` descriptors, or none."""
         self._sleep(timeout_s)
         size = array.array("i").itemsize * count
-        data, ancillary, _, _ = self.sock.recvmsg(MAX_BYTES, socket.CMSG_SPACE(size))
+        data, ancillary, _, _ = self.sock.recvmsg(
+            MAX_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
+        )
         if not data:
             raise EOFError
         fds = array.array("i")
@@ -180,9 +188,6 @@ class Host:
             raise ResourceError("the shared memory transport needs Linux (memfd_create)")
         check_memory(2 * capacity * numel * dtype.itemsize)  # a snapshot and a gradient a reader
         self._numel, self._dtype = numel, dtype
-        self._snapshots = Segment.create("paramserver-snapshots", capacity, numel, dtype)
-        self.buffers = self._snapshots.rows
-        self._slots: dict[Hashable, Segment] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._listener.bind(_abstract(address))
@@ -190,11 +195,16 @@ class Host:
             self._listener.close()
             raise ResourceError(f"cannot listen at {address}: {error}") from error
         self._listener.listen(128)
+        self._snapshots = Segment.create("paramserver-snapshots", capacity, numel, dtype)
+        self.buffers = self._snapshots.rows
+        self._slots: dict[Hashable, Segment] = {}
         self._wakeup, self._waker = socket.socketpair()
         self._links: dict[int, Link] = {}
+        self._followers: list[Link] = []
         self._poller = select.epoll()
         self._server: Server | None = None
         self._started = time.monotonic()
+        self._next_tick = 0.0
         self._is_closing = False
         self._thread: threading.Thread | None = None
         self.lock = threading.Lock()
@@ -216,8 +226,11 @@ class Host:
         fds = []
         if message.kind == Kind.WELCOME:
             fds = [self._snapshots.fd, self._slot(conn).fd]
-        with contextlib.suppress(OSError):  # its end is noticed, and told, when it is next polled
+        try:
             conn.send(message, fds)
+        except OSError:  # its end is noticed, and told, when it is next polled
+            with contextlib.suppress(OSError):
+                conn.sock.shutdown(socket.SHUT_RDWR)
 
     def lead(self, address: str, hello: Message, timeout_s: float) -> Link:
         """Connect as leader to the follower at ``address``.
@@ -227,6 +240,7 @@ class Host:
         """
         try:
             link = Link.connect(address)
+            self._followers.append(link)
             link.send(hello)
             answer, fds = link.receive_fds(timeout_s, 2)
         except (OSError, EOFError) as error:
@@ -234,7 +248,6 @@ class Host:
         for fd in fds:  # the follower's memory is no business of the leader's
             os.close(fd)
         if answer.kind != Kind.WELCOME:
-            link.close()
             raise ServerLostError(-1, f"the follower at {address} refused: {answer.text}")
         return link
 
@@ -247,12 +260,14 @@ class Host:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop serving, end every connection and give the memory back."""
+        """Stop serving, end every connection and give the memory back. Twice is harmless."""
+        if self._is_closing:
+            return
         self._is_closing = True
         self._waker.send(b"x")
         if self._thread is not None:
             self._thread.join()
-        for link in list(self._links.values()):
+        for link in (*self._links.values(), *self._followers):
             link.close()
         for closable in (self._listener, self._wakeup, self._waker, self._poller, self._snapshots):
             closable.close()
@@ -274,16 +289,17 @@ class Host:
             self.failure = error
             logger.exception("the shard's thread ended")
             self._listener.close()  # nobody new; those that wait see their connections end
-            for link in list(self._links.values()):
+            for link in (*self._links.values(), *self._followers):
                 link.close()
 
     def _round(self) -> None:
         """Wait for something, handle all of it, and look at the clock."""
         assert self._server is not None
-        ready = self._spin()
-        if not ready:
-            ready = self._poller.poll(_TICK_S)
-            self._server_call(lambda now: self._server and self._server.on_tick(now))
+        ready = self._spin() or self._poller.poll(_TICK_S)
+        if self.now() >= self._next_tick:
+            self._next_tick = self.now() + _TICK_S
+            with self.lock:
+                self._server.on_tick(self.now())
         for fd, _ in ready:
             link = self._links.get(fd)
             if link is not None:
@@ -318,7 +334,9 @@ class Host:
         self._poller.unregister(fd)
         del self._links[fd]
         link.close()
-        self._server_call(lambda now: self._server and self._server.on_gone(link, now))
+        with self.lock:
+            assert self._server is not None
+            self._server.on_gone(link, self.now())
         slot = self._slots.pop(link, None)
         if slot is not None:
             slot.close()
@@ -334,10 +352,6 @@ class Host:
         link = Link(sock)
         self._links[sock.fileno()] = link
         self._poller.register(sock, select.EPOLLIN)
-
-    def _server_call(self, call: Callable[[float], object]) -> None:
-        with self.lock:
-            call(self.now())
 
 
 class SharedMemoryConnection:
@@ -366,9 +380,13 @@ class SharedMemoryConnection:
             self._link = Link.connect(address)
         except OSError as error:
             raise ServerLostError(shard, f"connecting to {address} ({error.strerror})") from error
-        self.send(hello)
-        with self._named("saying hello", timeout_s):
-            self.welcome, fds = self._link.receive_fds(timeout_s, 2)
+        try:
+            self.send(hello)
+            with self._named("saying hello", timeout_s):
+                self.welcome, fds = self._link.receive_fds(timeout_s, 2)
+        except ParamServerError:
+            self._link.close()
+            raise
         if self.welcome.kind == Kind.WELCOME and len(fds) == 2:
             self._snapshots = Segment.attach(fds[0], numel, dtype, writable=False)
             self._slot = Segment.attach(fds[1], numel, dtype, writable=True)
@@ -419,8 +437,9 @@ def check_memory(needed: int) -> None:
     available = _available_bytes()
     if needed > available:
         raise ResourceError(
-            f"the shard needs {needed / 2**20:.0f} MiB of shared memory and {available / 2**20:.0f} "
-            "MiB are available: use fewer workers, more shards on other nodes, or a smaller model"
+            f"the shard needs {needed / 2**20:.0f} MiB of shared memory and "
+            f"{available / 2**20:.0f} MiB are available: use fewer workers, more shards on other "
+            "nodes, or a smaller model"
         )
 
 

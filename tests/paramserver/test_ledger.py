@@ -56,6 +56,15 @@ def test_columns_are_copies() -> None:
     assert ledger.columns()["version"][0] == 1
 
 
+def test_rows_are_those_since_a_number() -> None:
+    ledger = Ledger()
+    for version in range(1, 6):
+        append(ledger, version=version)
+
+    assert ledger.rows(3)["version"].tolist() == [4, 5]
+    assert len(ledger.rows(5)) == 0
+
+
 def test_drops_are_counted_by_reason_and_leave_staleness_alone() -> None:
     ledger = Ledger()
     append(ledger, dropped="stale", staleness=9)
@@ -194,6 +203,16 @@ def test_conservation_of_two_workers_in_turn() -> None:
     assert law.report() == {
         "left": 2, "right": 2, "holds": True, "arrived": 1, "in_flight": 1, "abandoned": 0,
     }  # fmt: skip
+
+
+def test_conservation_knows_what_each_worker_read() -> None:
+    law = Conservation()
+    law.on_read(0, 0)
+    assert law.read_version(0) == 0
+
+    law.on_arrival(0, 0, 0)
+
+    assert law.read_version(0) is None
 
 
 class _Events(Conservation):

@@ -4,16 +4,18 @@ the formulas give in closed form under a constant gradient."""
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import math
 import pickle
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.testing._internal.common_optimizers import optim_db
 
 from paramserver.layout import Layout
 from paramserver.optimizers import (
@@ -47,14 +49,33 @@ RULES = {
     torch.optim.Adagrad: AdaGradRule,
     torch.optim.Adadelta: AdaDeltaRule,
 }
+
+
+def upstream_database() -> list[Any]:
+    """Return the list that torch's own optimizer tests run through.
+
+    Its module sets up torch's test run as it is imported, for all tests of this one too: hypothesis
+    would try ten examples, and torch.backends would refuse assignments. Both are undone.
+    """
+    profile = hypothesis.settings.get_current_profile_name()
+    database: list[Any] = importlib.import_module(
+        "torch.testing._internal.common_optimizers"
+    ).optim_db
+    hypothesis.settings.load_profile(profile)
+    torch.backends.__allow_nonbracketed_mutation_flag = True
+    return database
+
+
 UPSTREAM = [
     pytest.param(info.optim_cls, {**case.kwargs, **kernel}, id=f"{info.name}-{case.desc}-{kernel}")
-    for info in optim_db
+    for info in upstream_database()
     if info.optim_cls in RULES
     for case in info.optim_inputs_func(device="cpu")
     for kernel in ({}, {"fused": True})
     if not kernel or "fused" in info.supported_impls
 ]
+
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 
 # A spec of each kind, and how one writes it with torch; RMSProp has no counterpart there.
 TORCH: list[tuple[Optimizer, type[torch.optim.Optimizer], dict[str, Any]]] = [
@@ -100,6 +121,16 @@ TORCH: list[tuple[Optimizer, type[torch.optim.Optimizer], dict[str, Any]]] = [
 ]
 SPECS = [spec for spec, _, _ in TORCH] + [RMSProp(lr=0.1, eps=1e-3)]
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On busy cores a kernel waits for its threads thirty times as long as 512 elements take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 
 
@@ -111,14 +142,14 @@ def random_run(steps: int = 10, dtype: torch.dtype = torch.float32) -> tuple[Ten
 
 
 def run_torch(
-    optimizer: type, kwargs: dict[str, Any], start: Tensor, grads: list[Tensor]
+    reference: type, kwargs: dict[str, Any], start: Tensor, grads: list[Tensor]
 ) -> Tensor:
     """Step torch's class as everybody does."""
     p = nn.Parameter(start.clone())
-    stepper = optimizer([p], **kwargs)
+    optimizer = reference([p], **kwargs)
     for grad in grads:
         p.grad = grad.clone()
-        stepper.step()
+        optimizer.step()
     return p.detach()
 
 
@@ -152,16 +183,26 @@ def test_a_rule_has_the_bits_of_torchs_class(
     assert torch.equal(found, run_torch(reference, kwargs, start, grads))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("spec", "reference", "kwargs"), TORCH, ids=map(str, SPECS[:-1]))
-def test_a_spec_sets_what_torchs_arguments_set(
+@pytest.mark.parametrize(
+    ("dtype", "spec", "reference", "kwargs"),
+    [
+        (dtype, *case)
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        for case in TORCH
+        if dtype != torch.float16 or not isinstance(case[0], TorchOptimizer)  # their eps is 0 there
+    ],
+    ids=str,
+)
+def test_a_spec_has_the_bits_of_torchs_class_and_arguments(
     spec: Optimizer, reference: type, kwargs: dict[str, Any], dtype: torch.dtype
 ) -> None:
     start, grads = random_run(dtype=dtype)
 
     found = run_rules(spec.build, start, grads)
 
-    torch.testing.assert_close(found, run_torch(reference, kwargs, start, grads))
+    # In 16 bits fused SGD leaves most elements where they are: pytorch/pytorch#191763.
+    kernel = {"fused": True} if reference in FUSED and dtype.itemsize > 2 else {}
+    assert torch.equal(found, run_torch(reference, {**kwargs, **kernel}, start, grads))
 
 
 @every_spec
@@ -171,30 +212,6 @@ def test_three_shards_have_the_bits_of_one_vector(spec: Optimizer) -> None:
     found = run_rules(spec.build, start, grads, LAYOUT.cuts(3))
 
     assert torch.equal(found, run_rules(spec.build, start, grads))
-
-
-def test_rmsprop_with_eps_outside_has_the_bits_of_torchs() -> None:
-    start, grads = random_run()
-
-    found = run_rules(RMSProp(lr=0.1, alpha=0.8, eps=1e-3, eps_inside=False).build, start, grads)
-
-    kwargs = {"lr": 0.1, "alpha": 0.8, "eps": 1e-3}
-    assert torch.equal(found, run_torch(torch.optim.RMSprop, kwargs, start, grads))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("spec", "reference", "kwargs"), TORCH, ids=map(str, SPECS[:-1]))
-def test_16_bit_parameters_take_torchs_plain_kernels(
-    spec: Optimizer, reference: type, kwargs: dict[str, Any], dtype: torch.dtype
-) -> None:
-    # Fused SGD leaves them where they are: pytorch/pytorch#191763.
-    if isinstance(spec, TorchOptimizer) and dtype == torch.float16:
-        pytest.skip("torch's eps of 1e-8 is 0 in float16; refused, see below")
-    start, grads = random_run(steps=2, dtype=dtype)
-
-    found = run_rules(spec.build, start, grads)
-
-    assert torch.equal(found, run_torch(reference, kwargs, start, grads))
 
 
 @pytest.mark.parametrize("spec", [SGD(), Momentum(), Nesterov(), AdaGrad(), Adam(), AdamW()])
@@ -264,7 +281,7 @@ def test_nesterov_steps_to_the_look_ahead_point() -> None:
 
 
 def test_adagrad_steps_shrink_with_the_root_of_their_number() -> None:
-    found = constant_gradient(AdaGrad(lr=0.1))
+    found = constant_gradient(AdaGrad(lr=0.1, eps=1e-15))
 
     torch.testing.assert_close(found, 1 - 0.1 * G.sign() * sum(t**-0.5 for t in range(1, T + 1)))
 
@@ -390,9 +407,8 @@ def test_every_group_is_stepped_and_scaled() -> None:
 
     rule.apply([torch.ones(2), torch.ones(3)], scale=0.5)
 
-    torch.testing.assert_close(
-        (a.detach(), b.detach()), (torch.full((2,), -0.05),) + (torch.full((3,), -0.5),)
-    )
+    torch.testing.assert_close(a.detach(), torch.full((2,), -0.05))
+    torch.testing.assert_close(b.detach(), torch.full((3,), -0.5))
     assert [group["lr"] for group in rule.param_groups] == [0.1, 1.0]
 
 
@@ -452,42 +468,40 @@ def test_the_registry_names_the_optimizers() -> None:
     assert all(entry.source for entry in OPTIMIZERS)
 
 
+@pytest.mark.parametrize("lr", [-1, 0, math.nan, math.inf])
+@pytest.mark.parametrize("spec", [entry.factory for entry in OPTIMIZERS])
+def test_a_learning_rate_is_above_0(spec: Any, lr: float) -> None:
+    keys = {"algorithm": "NAdam"} if spec is TorchOptimizer else {}
+
+    with pytest.raises(ValueError, match=rf"^lr must be above 0, got {lr}$"):
+        spec(lr=lr, **keys)
+
+
+@pytest.mark.parametrize("spec", [SGD, Momentum, Nesterov, AdaGrad, AdaDelta, Adam, AdamW])
+def test_weight_decay_is_0_or_more(spec: Any) -> None:
+    with pytest.raises(ValueError, match=r"^weight_decay must be 0 or more, got -0\.1$"):
+        spec(weight_decay=-0.1)
+
+
+@pytest.mark.parametrize("spec", [AdaGrad, AdaDelta, RMSProp, Adam, AdamW])
+def test_eps_is_above_0(spec: Any) -> None:
+    with pytest.raises(ValueError, match=r"^eps must be above 0, got 0$"):
+        spec(eps=0)
+
+
 @pytest.mark.parametrize(
     ("spec", "keys", "message"),
     [
-        (SGD, {"lr": -1}, "lr must be above 0, got -1"),
-        (SGD, {"lr": math.nan}, "lr must be above 0, got nan"),
-        (SGD, {"lr": math.inf}, "lr must be above 0, got inf"),
-        (SGD, {"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
-        (Momentum, {"lr": 0}, "lr must be above 0, got 0"),
         (Momentum, {"momentum": 1.0}, "momentum must be 0 or more and below 1, got 1.0"),
         (Momentum, {"dampening": 1.5}, "dampening must be 0 to 1, got 1.5"),
-        (Momentum, {"weight_decay": -1}, "weight_decay must be 0 or more, got -1"),
-        (Nesterov, {"lr": 0}, "lr must be above 0, got 0"),
         (Nesterov, {"momentum": 0.0}, "momentum must be above 0 and below 1, got 0.0"),
-        (Nesterov, {"weight_decay": -1}, "weight_decay must be 0 or more, got -1"),
-        (AdaGrad, {"lr": 0}, "lr must be above 0, got 0"),
         (AdaGrad, {"initial": -1}, "initial must be 0 or more, got -1"),
-        (AdaGrad, {"eps": 0}, "eps must be above 0, got 0"),
-        (AdaGrad, {"weight_decay": -1}, "weight_decay must be 0 or more, got -1"),
-        (AdaDelta, {"lr": 0}, "lr must be above 0, got 0"),
         (AdaDelta, {"rho": 1}, "rho must be 0 or more and below 1, got 1"),
-        (AdaDelta, {"eps": 0}, "eps must be above 0, got 0"),
-        (AdaDelta, {"weight_decay": -1}, "weight_decay must be 0 or more, got -1"),
-        (RMSProp, {"lr": 0}, "lr must be above 0, got 0"),
         (RMSProp, {"alpha": -0.1}, "alpha must be 0 or more and below 1, got -0.1"),
-        (RMSProp, {"eps": 0}, "eps must be above 0, got 0"),
-        (Adam, {"lr": 0}, "lr must be above 0, got 0"),
         (Adam, {"betas": (1.0, 0.9)}, "betas[0] must be 0 or more and below 1, got 1.0"),
         (Adam, {"betas": (0.9, 1.0)}, "betas[1] must be 0 or more and below 1, got 1.0"),
-        (Adam, {"eps": 0}, "eps must be above 0, got 0"),
-        (Adam, {"weight_decay": -1}, "weight_decay must be 0 or more, got -1"),
-        (AdamW, {"lr": 0}, "lr must be above 0, got 0"),
         (AdamW, {"betas": (1.0, 0.9)}, "betas[0] must be 0 or more and below 1, got 1.0"),
         (AdamW, {"betas": (0.9, 1.0)}, "betas[1] must be 0 or more and below 1, got 1.0"),
-        (AdamW, {"eps": 0}, "eps must be above 0, got 0"),
-        (AdamW, {"weight_decay": -1}, "weight_decay must be 0 or more, got -1"),
-        (TorchOptimizer, {"algorithm": "NAdam", "lr": 0}, "lr must be above 0, got 0"),
         (
             TorchOptimizer,
             {"algorithm": "LBFGS", "lr": 1.0},
@@ -502,10 +516,8 @@ def test_the_registry_names_the_optimizers() -> None:
     ],
 )
 def test_a_bad_value_is_refused(spec: type, keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         spec(**keys)
-
-    assert str(error.value) == message
 
 
 def test_every_optimizer_of_torch_is_offered_or_refused_with_a_reason() -> None:

@@ -56,7 +56,7 @@ def test_a_resumed_ledger_starts_at_its_version() -> None:
         ("read_version", 3, 3, "read_version is later than the push's arrival"),
         ("version", 1, 3, "version does not follow from the rows before"),
         ("version", 2, 3, "version does not follow from the rows before"),
-        ("seq", 3, 0, r"\(worker, incarnation, seq\) is applied again"),
+        ("seq", 3, 0, "(worker, incarnation, seq) is applied again"),
         ("read_version", 3, 1, "read_version is older than the worker's own last push"),
         ("scale", 2, 1.0, "scale is not above 0 where applied and 0 where dropped"),
         ("scale", 0, 0.0, "scale is not above 0 where applied and 0 where dropped"),
@@ -68,9 +68,7 @@ def test_a_wrong_number_is_found(
 ) -> None:
     columns[column][row] = value
 
-    found = [line for line in recount(columns) if line.endswith(f"the first is row {row}")]
-
-    assert any(line.startswith(violation.replace("\\", "")) for line in found)
+    assert f"{violation}: 1 rows, the first is row {row}" in recount(columns)
 
 
 @pytest.mark.parametrize("versions", [[1, 1, 2, 2], [1, 3, 2, 3], [1, 1, 0, 3], [2, 2, 1, 3]])

@@ -1,0 +1,30 @@
+"""`paramserver bench`: measures this machine; the benchmarks are in `deploy.bench`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from deploy.flags import Parser, UsageError
+
+_NAMES = ("pushpull", "train", "allreduce")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one benchmark and return its exit code."""
+    parser = Parser("paramserver bench", f"Measure this machine: {', '.join(_NAMES)}.")
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(_NAMES)}")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="measure public peers beside it",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
+    given = parser.read(argv)
+    if given.name not in _NAMES:
+        raise UsageError(f"there is no benchmark {given.name!r}; there are {', '.join(_NAMES)}")
+    from deploy import bench  # noqa: PLC0415  # torch and Ray take seconds
+
+    return bench.run(given.name, json=given.json, peers=given.peers, quick=given.quick)

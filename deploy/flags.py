@@ -1,0 +1,271 @@
+"""The fields of a frozen dataclass as flags and as keys of a TOML file, read in the same way.
+
+    --workers 4 --optimizer adam:lr=1e-3     workers = 4
+                                             optimizer = {name = "adam", lr = 1e-3}
+
+A field's annotation says how it is read and its docstring is the help. Flags win over the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+from paramserver.errors import PluginError
+from paramserver.registry import Registry
+
+T = TypeVar("T")
+
+
+class UsageError(Exception):
+    """The command line or its file asks for something that does not exist; nothing was done."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors that are one line and name what may have been meant."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=_HelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong; `main` prints it."""
+        raise UsageError(message.removeprefix("argument "))
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse ``argv``.
+
+        Raises:
+            UsageError: An unknown flag, a value that is missing, or a word too many.
+        """
+        known, rest = self.parse_known_args(argv)
+        if rest:
+            self.error(self._what_is(rest[0].partition("=")[0]))
+        return known
+
+    def _what_is(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"{word!r} is one word too many (see `{self.prog} --help`)"
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        return f"there is no flag {word}{_meant(word, flags)} (see `{self.prog} --help`)"
+
+
+class Flags(Generic[T]):
+    """Reads objects of one frozen dataclass from a command line and a TOML file."""
+
+    def __init__(self, cls: type[T], plugins: Mapping[object, Registry[Any]]) -> None:
+        """Read ``cls``; an annotation that is in ``plugins`` is read by that registry."""
+        self._cls, self._plugins = cls, plugins
+        self._fields = dataclasses.fields(typing.cast(Any, cls))
+        self._hints = typing.get_type_hints(cls)
+
+    def parse(self, argv: Sequence[str], parser: Parser) -> T:
+        """Build the object that ``argv`` and the file in its ``--config`` describe.
+
+        Raises:
+            UsageError: An unknown flag, key or plug-in, or a value that is refused.
+            SystemExit: ``--help`` was printed.
+        """
+        docs = field_docs(self._cls)
+        own = inspect.get_annotations(self._cls)  # before what it extends
+        for field in sorted(self._fields, key=lambda field: field.name not in own):
+            flag = "--" + field.name.replace("_", "-")
+            parser.add_argument(
+                *dict.fromkeys((flag, f"--{field.name}")),
+                dest=field.name,
+                default=argparse.SUPPRESS,
+                metavar=self._metavar(self._hints[field.name]),
+                help=self._help(field, docs.get(field.name, "")),
+            )
+        written = vars(parser.read(argv))
+        given = {
+            name: self._read("--" + name.replace("_", "-"), text, self._hints[name])
+            for name, text in written.items()
+        }
+        file = given.get("config")
+        if isinstance(file, Path):
+            given = {**self._read_file(file), **given}
+        try:
+            return self._cls(**given)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def _read_file(self, path: Path) -> dict[str, Any]:
+        try:
+            with path.open("rb") as file:
+                table = tomllib.load(file)
+        except OSError as error:
+            raise UsageError(f"--config {path} cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"--config {path} is not TOML: {error}") from error
+        keys = [field.name for field in self._fields if field.name != "config"]
+        for key in table:
+            if key not in keys:
+                raise UsageError(
+                    f"{path}: there is no key {key!r}{_meant(key, keys)} "
+                    f"(there are {', '.join(sorted(keys))})"
+                )
+        return {key: self._read(f"{path}: {key}", v, self._hints[key]) for key, v in table.items()}
+
+    def _read(self, where: str, value: object, hint: Any) -> object:
+        try:
+            return self._value(value, hint)
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error
+
+    def _value(self, value: object, hint: Any) -> object:
+        """Read ``value`` as ``hint`` says; raise `ValueError` with what is expected."""
+        inner, optional = _without_none(hint)
+        if inner in self._plugins:
+            registry = self._plugins[inner]
+            if optional and value == "none" and all(entry.name != "none" for entry in registry):
+                return None
+            return _plugin(registry, value)
+        if optional and value == "none":
+            return None
+        if typing.get_origin(inner) is typing.Literal:
+            choices = typing.get_args(inner)
+            if value not in choices:
+                raise ValueError(f"expected {' or '.join(map(str, choices))}, got {value!r}")
+            return value
+        if inner in (int, float):
+            return _number(value, inner)
+        if not isinstance(value, str):
+            raise ValueError(f"expected a text, got {value!r}")
+        return Path(value) if inner is Path else value
+
+    def _metavar(self, hint: Any) -> str:
+        inner, _ = _without_none(hint)
+        if inner in self._plugins:
+            return "NAME:KEY=VALUE,…"
+        if typing.get_origin(inner) is typing.Literal:
+            return "|".join(map(str, typing.get_args(inner)))
+        return {int: "N", float: "X", Path: "PATH"}.get(inner, "TEXT")
+
+    def _help(self, field: dataclasses.Field[Any], doc: str) -> str:
+        default = field.default
+        if default is None or default is dataclasses.MISSING:
+            text = doc
+        else:
+            inner, _ = _without_none(self._hints[field.name])
+            shown = spell(self._plugins[inner], default) if inner in self._plugins else default
+            text = f"{doc} (default: {shown})"
+        return re.sub(r"\bNone\b", "none", text).replace("``", "").replace("%", "%%")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass and of the classes it extends."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, after in zip(body.body, body.body[1:], strict=False):
+            match statement, after:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(doc))),
+                ):
+                    docs[name] = " ".join(doc.split())
+    return docs
+
+
+def spell(registry: Registry[Any], plugin: object) -> str:
+    """Write a plug-in as the command line names it, with the keys that are not at their default.
+
+    ``plugin`` is the plug-in, or ``{"name": …, key: value, …}`` as records hold it.
+    """
+    described = dict(plugin) if isinstance(plugin, Mapping) else registry.describe(plugin)
+    name = str(described.pop("name"))
+    defaults = next((entry.parameters() for entry in registry if entry.name == name), {})
+    keys = [
+        f"{key}={spell_value(value)}"
+        for key, value in described.items()
+        if key not in defaults or spell_value(value) != spell_value(defaults[key])
+    ]
+    return f"{name}:{','.join(keys)}" if keys else name
+
+
+def spell_value(value: object) -> str:
+    """Write a value of a plug-in's key as the command line reads it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple | list):
+        return "/".join(spell_value(part) for part in value)
+    return "none" if value is None else str(value)
+
+
+def _plugin(registry: Registry[Any], value: object) -> object:
+    if isinstance(value, str):
+        return registry.parse(value)
+    if isinstance(value, Mapping):
+        return registry.build(value)
+    raise PluginError(f'expected "name:key=value" or {{name = …, key = …}}, got {value!r}')
+
+
+def _number(value: object, kind: type[int] | type[float]) -> int | float:
+    expected = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"expected {expected}, got {value!r}")
+    try:
+        number = kind(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected {expected}, got {value!r}") from None
+    if isinstance(value, float) and number != value:
+        raise ValueError(f"expected {expected}, got {value!r}")
+    return number
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """Split ``X | None`` into ``X`` and whether None was there."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, False
+    args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    assert len(args) == 1, f"a field is of one type or None, not {hint}"
+    return args[0], True
+
+
+def _meant(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Names each flag once, on a line of its own, and keeps its help within 100 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=8, width=96)
+
+    def _format_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], *_: Any, **__: Any
+    ) -> str:
+        words = [
+            f"{action.metavar}{' …' if action.nargs in ('*', '+') else ''}"
+            for action in actions
+            if not action.option_strings
+        ]
+        return " ".join(["usage:", self._prog, *words, "[flags]"]) + "\n\n"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        flags = [flag for flag in action.option_strings if "_" not in flag]
+        metavar = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+        return ", ".join(flags) + metavar

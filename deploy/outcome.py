@@ -1,0 +1,83 @@
+"""How a run went, as the short table that `paramserver train` ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from async_sgd.rules import RULES
+from deploy.flags import spell
+from deploy.progress import counts, rate
+from paramserver.optimizers import OPTIMIZERS
+
+
+def outcome(record: Mapping[str, Any]) -> Table:
+    """Return the table of a run's ``result.json``; what it does not tell has no row."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(record).items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _rows(record: Mapping[str, Any]) -> dict[str, str]:
+    config = record.get("config", {})
+    rows: dict[str, str] = {}
+    for name in ("mode", "task"):
+        if name in record:
+            rows[name] = str(record[name])
+    if "optimizer" in record:
+        rows["optimizer"] = spell(OPTIMIZERS, record["optimizer"])
+    if config.get("rule"):
+        rows["rule"] = spell(RULES, config["rule"])
+    sizes = (
+        ("workers", "updates") if record.get("mode") == "sync" else ("workers", "shards", "updates")
+    )
+    rows |= {name: f"{record[name]:,}" for name in sizes if name in record}
+    if "gradients_per_s" in record:
+        rows["gradients/s"] = rate(record["gradients_per_s"])
+    if "seconds" in record:
+        rows["seconds"] = f"{record['seconds']:.1f}"
+    if record.get("final"):
+        rows["final"] = _metrics(record["final"])
+    best = record.get("best")
+    if best:
+        where = f" at version {best['version']:,}" if "version" in best else ""
+        when = f" after {best['seconds']:.1f} s" if "seconds" in best else ""
+        rows["best"] = _metrics(best) + where + when
+    return rows | _staleness(record) | _ending(record)
+
+
+def _staleness(record: Mapping[str, Any]) -> dict[str, str]:
+    rows = {}
+    staleness = record.get("staleness")
+    if staleness:
+        shown = [f"{k} {staleness[k]:.3g}" for k in ("mean", "p95", "max") if k in staleness]
+        rows["staleness"] = ", ".join(shown)
+    law = record.get("conservation")
+    if law:
+        holds = f"holds: {law['left']:,} = {law['right']:,}"
+        broken = f"BROKEN: {law['left']:,} is not {law['right']:,}"
+        rows["law of staleness"] = holds if law["holds"] else broken
+    return rows
+
+
+def _ending(record: Mapping[str, Any]) -> dict[str, str]:
+    rows = {}
+    if "dropped" in record:
+        rows["dropped"] = counts(record["dropped"]) if record["dropped"] else "none"
+    if "failures" in record:
+        failures = [f"{f['what']} after {f['seconds']:.1f} s" for f in record["failures"]]
+        rows["failures"] = ", ".join(failures) or "none"
+    if "stopped_because" in record:
+        rows["stopped because"] = str(record["stopped_because"])
+    return rows
+
+
+def _metrics(values: Mapping[str, float]) -> str:
+    names = sorted(name for name in values if name not in ("version", "seconds"))
+    return ", ".join(f"{name} {values[name]:.4g}" for name in names)

@@ -1,0 +1,248 @@
+"""Plots of a run as SVG that stands inside a page and takes the page's colours, light or dark.
+
+Matplotlib draws with placeholder colours; each becomes a CSS variable: ``var(--ink)``,
+``var(--muted)``, ``var(--grid)`` and ``var(--c0)`` … for series, which the page defines.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+NUM_COLOURS = 6
+"""Series colours a page defines; later series repeat them with dashes."""
+
+AXES = {
+    "gradients": "gradients",
+    "updates": "updates",
+    "seconds": "time (s)",
+}
+"""What metrics are drawn against: key in a record, label."""
+
+_INK, _MUTED, _GRID = "#fe0100", "#fe0101", "#fe0102"
+_PLACEHOLDERS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"} | {
+    f"#fe00{i:02x}": f"var(--c{i})" for i in range(NUM_COLOURS)
+}
+
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.hashsalt": "paramserver",  # the same record gives the same page
+    "font.size": 9.5,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _MUTED,
+    "axes.titlecolor": _INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": _INK,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+}
+
+_WIDTH = 10.6
+"""Inches; text keeps its size on a page about 760 points wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line of a plot: a key of the lines of a metrics.jsonl."""
+
+    label: str
+    colour: int
+    """Number of the series' colour."""
+    lines: Sequence[Mapping[str, Any]]
+    key: str
+
+    def points(self, axis: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the values of ``axis`` and of the key; null is NaN."""
+        rows = [(line[axis], line[self.key]) for line in self.lines if self.key in line]
+        x, y = np.array(rows, dtype=float).reshape(-1, 2).T
+        return x, y
+
+
+def progress(name: str, rows: Mapping[str, Sequence[Series]]) -> str:
+    """Draw each row's series against gradients, updates and seconds."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.5 + 2.15 * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(AXES), sharey="row", sharex="col", squeeze=False)
+        for panels, (title, row) in zip(grid, rows.items(), strict=True):
+            for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
+                for series in row:
+                    x, y = series.points(axis)
+                    few = {"marker": "o", "markersize": 2.6} if len(x) <= 40 else {}
+                    panel.plot(x, y, **_line(series.colour), **few)
+                _tidy(panel)
+                if panels is grid[-1]:
+                    panel.set_xlabel(label)
+            if _spans_decades([y for s in row for y in s.points("updates")[1]]):
+                panels[0].set_yscale("log")
+            panels[0].set_title(title)
+        return _svg(figure, name, f"{', '.join(rows)} against gradients, updates and seconds")
+
+
+def histogram(name: str, counts: Sequence[tuple[int, Mapping[int, int]]]) -> str:
+    """Draw the share of pushes at each staleness, for ``(colour, pushes by staleness)`` each."""
+    largest = max((max(c, default=0) for _, c in counts), default=0)
+    width = max(1, math.ceil((largest + 1) / 60))
+    edges = np.arange(0, largest + 1 + width, width) - 0.5
+    with mpl.rc_context(_STYLE):
+        figure, panel = _single(2.6)
+        for colour, pushes in counts:
+            weights = np.array(list(pushes.values())) / max(sum(pushes.values()), 1) * 100
+            share, _ = np.histogram(list(pushes), bins=edges, weights=weights)
+            if len(counts) == 1:
+                centres = (edges[:-1] + edges[1:]) / 2
+                panel.bar(centres, share, 0.82 * width, color=_line(colour)["color"])
+            else:
+                panel.stairs(share, edges, baseline=None, **_line(colour))
+        panel.set_xlabel("staleness (updates between read and apply)")
+        panel.set_title("share of pushes (%)")
+        panel.set_ylim(bottom=0)
+        _tidy(panel, whole_x=True)
+        return _svg(figure, name, "histogram of staleness")
+
+
+def staleness_over_time(name: str, updates: Mapping[str, NDArray[Any]], workers: list[int]) -> str:
+    """Draw the mean staleness of each worker's applied pushes over time.
+
+    More workers than there are colours are drawn as the mean of all and the range of their means.
+    """
+    applied = updates["dropped"] == 0
+    end, worker = updates["end"][applied], updates["worker"][applied]
+    staleness = updates["staleness"][applied].astype(float)
+    num_bins = int(np.clip(len(end) / (8 * max(len(workers), 1)), 4, 60))
+    edges = np.linspace(end.min(), max(end.max(), end.min() + 1e-9), num_bins + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+    bins = np.clip(np.searchsorted(edges, end, side="right") - 1, 0, num_bins - 1)
+
+    def mean(mask: NDArray[Any]) -> NDArray[Any]:
+        pushes = np.bincount(bins[mask], minlength=num_bins)
+        total = np.bincount(bins[mask], staleness[mask], minlength=num_bins)
+        return np.where(pushes > 0, total / np.maximum(pushes, 1), np.nan)
+
+    means = {w: mean(worker == w) for w in workers}
+    with mpl.rc_context(_STYLE):
+        figure, panel = _single(2.6)
+        if len(workers) <= NUM_COLOURS:
+            for colour, values in enumerate(means.values()):
+                there = ~np.isnan(values)
+                panel.plot(centres[there], values[there], **_line(colour))
+        else:
+            table = np.ma.masked_invalid(np.stack(list(means.values())))
+            low, high = table.min(axis=0), table.max(axis=0)
+            colour = _line(0)["color"]
+            panel.fill_between(centres, low, high, color=colour, alpha=0.2, linewidth=0)
+            panel.plot(centres, mean(np.ones(len(end), bool)), **_line(0))
+        panel.set_xlabel(AXES["seconds"])
+        panel.set_title("mean staleness (updates)")
+        panel.set_ylim(bottom=0)
+        _tidy(panel)
+        return _svg(figure, name, "staleness of each worker over time")
+
+
+def throughput(name: str, rates: Sequence[tuple[int, Sequence[Mapping[str, Any]], str]]) -> str:
+    """Draw how fast a count grew, for ``(colour, lines of metrics.jsonl, count)`` each."""
+    with mpl.rc_context(_STYLE):
+        figure, panel = _single(2.4)
+        for colour, lines, key in rates:
+            rows = sorted((line["seconds"], line[key]) for line in lines)
+            seconds, counts = np.array([(0.0, 0.0), *rows]).T
+            if seconds[-1] > 0:
+                edges = np.linspace(0, seconds[-1], min(60, max(2, len(rows) // 2)) + 1)
+                grown = np.diff(np.interp(edges, seconds, counts)) / np.diff(edges)
+                panel.stairs(grown, edges, baseline=None, **_line(colour))
+        panel.set_xlabel(AXES["seconds"])
+        panel.set_title("per second")
+        panel.set_ylim(bottom=0)
+        _tidy(panel)
+        return _svg(figure, name, "throughput over time")
+
+
+def waits(name: str, seconds: Mapping[str, float]) -> str:
+    """Draw a bar for each cause of waiting, in the order given."""
+    with mpl.rc_context(_STYLE):
+        figure, panel = _single(0.75 + 0.27 * len(seconds))
+        places = np.arange(len(seconds))
+        panel.barh(places, list(seconds.values()), 0.66, color=_line(1)["color"])
+        panel.set_yticks(places, list(seconds), color=_INK)
+        panel.set_ylim(len(seconds) - 0.5, -0.5)
+        panel.set_xlabel("time waited (s)")
+        panel.grid(visible=False, axis="y")
+        panel.xaxis.set_major_locator(MaxNLocator(6))
+        return _svg(figure, name, "seconds waited, by who waited for whom")
+
+
+def line_style(colour: int) -> str:
+    """Return the SVG dash pattern of a series, empty for a solid line."""
+    return "" if colour < NUM_COLOURS else "5 2.5"
+
+
+def _line(colour: int) -> dict[str, Any]:
+    dashes = {"dashes": (3, 1.5)} if colour >= NUM_COLOURS else {}
+    return {"color": f"#fe00{colour % NUM_COLOURS:02x}"} | dashes
+
+
+def _single(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _tidy(panel: Axes, *, whole_x: bool = False) -> None:
+    panel.grid(visible=False, axis="x")
+    panel.margins(x=0.015)
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=whole_x))
+    panel.xaxis.set_major_formatter(FuncFormatter(_short))
+    panel.yaxis.set_major_locator(MaxNLocator(4))
+    panel.yaxis.set_major_formatter(FuncFormatter(_short))
+
+
+def _short(value: float, _position: int | None = None) -> str:
+    """Write 12000 as 12k, and leave out digits that say nothing."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    finite = [v for v in values if math.isfinite(v)]
+    return bool(finite) and min(finite) > 0 and max(finite) > 100 * min(finite)
+
+
+def _svg(figure: Figure, name: str, label: str) -> str:
+    """Return the figure as an element whose ids start with ``name``."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"#fe0[0-9a-f]{3}\b", lambda found: _PLACEHOLDERS[found[0]], text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

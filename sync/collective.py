@@ -1,0 +1,115 @@
+"""What a synchronous step needs of the group of ranks it runs in.
+
+    rank 0   gradient ---+ exchange +--- reduce slice 0, update it ---+ publish +--- gradient
+    rank 1   gradient ---+          +--- reduce slice 1, update it ---+         +--- gradient
+
+Each rank owns one slice of the parameters, and the state of the optimizer for that slice alone.
+`sync.shared` is the group of ranks on one machine, `sync.gloo` of ranks on several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from paramserver.layout import BLOCK, Layout
+
+Table = list[tuple[float, ...]]
+"""What every rank said in an exchange, by rank."""
+
+
+class Collective(Protocol):
+    """The group as one rank sees it; used by one thread.
+
+    Every rank makes the same calls in the same order. A call waits for the others, but never for
+    longer than the group's deadline: it then raises PeerLostError, which ends the group. `reduce`
+    does not count, it may be left out by all ranks alike.
+    """
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank, from 0 on."""
+
+    @property
+    def world(self) -> int:
+        """Ranks in the group."""
+
+    @property
+    def cut(self) -> range:
+        """The slice of the vector that this rank reduces and updates; it may be empty."""
+
+    @property
+    def params(self) -> Tensor:
+        """The parameters, shape ``(numel,)``, equal on all ranks from a `publish` on.
+
+        Only the own slice is written, and only from an `exchange` to the next `publish`.
+        """
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient of this rank, shape ``(numel,)``, its padding 0.
+
+        Written from a `publish` (or an `exchange` nobody reduces after) to the next `exchange`.
+        """
+
+    def exchange(self, step: int, values: Sequence[float]) -> Table:
+        """Tell every rank ``values`` and return what each rank told, this one included.
+
+        No rank returns before all have called: every gradient is complete then, and nobody reads
+        the parameters until the next `publish`.
+
+        Args:
+            step: The number of the step, the same on all ranks; errors name it.
+            values: As many on every rank.
+
+        Raises:
+            PeerLostError: A rank is gone or silent.
+            ProtocolError: The ranks are not at the same step, or brought more or fewer values.
+        """
+
+    def reduce(self, weights: Sequence[float]) -> Tensor:
+        """Return the sum of weight times gradient over the ranks, for the own slice.
+
+        It takes the place of this rank's gradient there and may be changed until `publish`. Its
+        bits follow from the gradients, the weights and the cuts alone.
+        """
+
+    def publish(self) -> None:
+        """Show every rank the slices as their owners have updated them.
+
+        Raises:
+            PeerLostError: A rank is gone or silent; parameters may be old, new or a mix.
+        """
+
+    def close(self) -> None:
+        """Leave the group and give its memory back; ranks that still wait for this one are told."""
+
+
+def fair_cuts(layout: Layout, world: int) -> tuple[range, ...]:
+    """Cut the vector of ``layout`` for ``world`` ranks; tiny models leave the last none."""
+    num_owners = min(world, layout.numel // BLOCK)
+    nothing = range(layout.numel, layout.numel)
+    return layout.cuts(num_owners) + (nothing,) * (world - num_owners)
+
+
+CHUNK = 1 << 16
+"""Elements that are reduced at a time, so that a sum stays in the cache between its terms: on two
+vectors of 40 MB this took 6 to 9 ms, two passes over whole vectors 12 to 14."""
+
+
+def weighted_sum_(own: Tensor, weight: float, others: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Make ``own`` the sum of its weighted self and, in order, of the weighted ``others``.
+
+    Args:
+        own: Shape ``(n,)``. Overwritten, and returned.
+        weight: Factor on ``own``.
+        others: Vectors of shape ``(n,)``, each with its factor.
+    """
+    for start in range(0, len(own), CHUNK):
+        chunk = own[start : start + CHUNK]
+        chunk.mul_(weight)
+        for other, factor in others:
+            chunk.add_(other[start : start + CHUNK], alpha=factor)
+    return own

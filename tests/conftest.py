@@ -1,0 +1,14 @@
+"""Set-up for every test: one torch thread, and a Ray that leaves the home folder alone."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import torch
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
+
+hypothesis.settings.register_profile("shared-machine", deadline=None)
+hypothesis.settings.load_profile("shared-machine")
+torch.set_num_threads(1)

@@ -1,0 +1,31 @@
+"""What tasks with classes share: the loss, the accuracy and a multilayer perceptron."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from workers.task import Batch
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of ``(inputs, class numbers)`` under the model's logits."""
+    inputs, classes = batch
+    return functional.cross_entropy(model(inputs), classes)
+
+
+def accuracy(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """Return the share of ``(inputs, class numbers)`` whose class has the largest logit."""
+    inputs, classes = batch
+    return {"accuracy": (model(inputs).argmax(dim=1) == classes).double().mean().item()}
+
+
+def mlp(num_inputs: int, hidden: tuple[int, ...], num_outputs: int) -> nn.Module:
+    """Return linear layers of these widths with ReLU between them; inputs are flattened."""
+    widths = (num_inputs, *hidden, num_outputs)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
