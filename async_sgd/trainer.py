@@ -121,6 +121,10 @@ class AsyncTrainer:
         layout = Layout.of(model)
         cuts = layout.cuts(self.shards)
         num_train = len(build_data(self.task).train)
+        if num_train < self.config.workers:
+            raise ValueError(
+                f"{self.config.workers} workers cannot share {num_train} samples: use fewer"
+            )
         run = Run.start(self.task, self.config, layout, self._described())
         start = run.resumed or Checkpoint.fresh(
             layout, layout.flatten(model), self.optimizer_description()

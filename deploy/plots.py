@@ -18,7 +18,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 NUM_COLOURS = 6
@@ -66,6 +66,9 @@ _STYLE: Any = {
     "lines.solid_capstyle": "round",
 }
 
+_STEPS = [1, 2, 2.5, 5, 10]
+"""Ticks are multiples of these, so that they are easy to read."""
+
 _WIDTH = 10.6
 """Inches; text keeps its size on a page about 760 points wide."""
 
@@ -93,17 +96,21 @@ def progress(name: str, rows: Mapping[str, Sequence[Series]]) -> str:
         figure = Figure(figsize=(_WIDTH, 0.5 + 2.15 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), len(AXES), sharey="row", sharex="col", squeeze=False)
         for panels, (title, row) in zip(grid, rows.items(), strict=True):
-            for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
+            for panel, axis in zip(panels, AXES, strict=True):
                 for series in row:
                     x, y = series.points(axis)
                     few = {"marker": "o", "markersize": 2.6} if len(x) <= 40 else {}
                     panel.plot(x, y, **_line(series.colour), **few)
                 _tidy(panel)
-                if panels is grid[-1]:
-                    panel.set_xlabel(label)
-            if _spans_decades([y for s in row for y in s.points("updates")[1]]):
+            spans = _decades([y for series in row for y in series.points("updates")[1]])
+            if spans > 1.3:  # a loss that fell 20-fold ends on the floor of a linear axis
                 panels[0].set_yscale("log")
-            panels[0].set_title(title)
+                panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 3) if spans < 4 else (1,)))
+                panels[0].yaxis.set_major_formatter(FuncFormatter(_short))
+                panels[0].yaxis.set_minor_locator(NullLocator())
+            panels[0].set_title(f"{title} (logarithmic)" if spans > 1.3 else title)
+        for panel, label in zip(grid[-1], AXES.values(), strict=True):
+            panel.set_xlabel(label)
         return _svg(figure, name, f"{', '.join(rows)} against gradients, updates and seconds")
 
 
@@ -195,13 +202,8 @@ def waits(name: str, seconds: Mapping[str, float]) -> str:
         panel.set_ylim(len(seconds) - 0.5, -0.5)
         panel.set_xlabel("time waited (s)")
         panel.grid(visible=False, axis="y")
-        panel.xaxis.set_major_locator(MaxNLocator(6))
+        panel.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
         return _svg(figure, name, "seconds waited, by who waited for whom")
-
-
-def line_style(colour: int) -> str:
-    """Return the SVG dash pattern of a series, empty for a solid line."""
-    return "" if colour < NUM_COLOURS else "5 2.5"
 
 
 def _line(colour: int) -> dict[str, Any]:
@@ -217,9 +219,9 @@ def _single(height: float) -> tuple[Figure, Axes]:
 def _tidy(panel: Axes, *, whole_x: bool = False) -> None:
     panel.grid(visible=False, axis="x")
     panel.margins(x=0.015)
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=whole_x))
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=whole_x, steps=_STEPS))
     panel.xaxis.set_major_formatter(FuncFormatter(_short))
-    panel.yaxis.set_major_locator(MaxNLocator(4))
+    panel.yaxis.set_major_locator(MaxNLocator(4, steps=_STEPS))
     panel.yaxis.set_major_formatter(FuncFormatter(_short))
 
 
@@ -231,9 +233,10 @@ def _short(value: float, _position: int | None = None) -> str:
     return f"{value:.4g}"
 
 
-def _spans_decades(values: Sequence[float]) -> bool:
+def _decades(values: Sequence[float]) -> float:
+    """Return over how many powers of ten values spread; 0 if one is not above 0."""
     finite = [v for v in values if math.isfinite(v)]
-    return bool(finite) and min(finite) > 0 and max(finite) > 100 * min(finite)
+    return math.log10(max(finite) / min(finite)) if finite and min(finite) > 0 else 0.0
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:

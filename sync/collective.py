@@ -54,6 +54,10 @@ class Collective(Protocol):
         Written from a `publish` (or an `exchange` nobody reduces after) to the next `exchange`.
         """
 
+    @property
+    def waits(self) -> tuple[tuple[int, ...], float]:
+        """The ranks a call waits for now, and since when by `time.monotonic`; for other threads."""
+
     def exchange(self, step: int, values: Sequence[float]) -> Table:
         """Tell every rank ``values`` and return what each rank told, this one included.
 

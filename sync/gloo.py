@@ -67,6 +67,8 @@ class Gloo:
         self._mine = self._params[mine.start : mine.stop]
         self._terms = self._received.view(world, size)
         self._store, self._step, self._timeout_s = store, 0, timeout_s
+        self._others = tuple(other for other in range(world) if other != rank)
+        self.waits: tuple[tuple[int, ...], float] = ((), 0.0)
         with self._named():
             self._group = _connect(store, rank, layout, world, ip, timeout_s)
 
@@ -106,10 +108,12 @@ class Gloo:
     def _named(self) -> Iterator[None]:
         """Turn gloo's errors into one that says who is lost."""
         start = time.monotonic()
+        self.waits = (self._others, start)  # gloo does not say which of them
         try:
             yield
         except RuntimeError as error:  # gloo has no class for it
             self._lose(error, start)
+        self.waits = ((), 0.0)
 
     def _lose(self, error: RuntimeError, start: float) -> NoReturn:
         waited_s = time.monotonic() - start
@@ -117,12 +121,11 @@ class Gloo:
 
     def _missing(self) -> list[int]:
         """Call the roll: every rank that is there has noticed the loss, and signs in."""
-        others = [rank for rank in range(self.world) if rank != self.rank]
         until = time.monotonic() + min(_ROLL_CALL_S, self._timeout_s)
         missing = []
         try:
             self._store.set(f"here/{self.rank}", "")
-            for rank in others:
+            for rank in self._others:
                 left = timedelta(seconds=max(until - time.monotonic(), 1e-3))
                 try:
                     self._store.wait([f"here/{rank}"], left)
@@ -130,7 +133,7 @@ class Gloo:
                     missing.append(rank)
         except RuntimeError:  # the store is rank 0's: it is gone, or has finished its own roll call
             return missing or [0]
-        return missing or others
+        return missing or list(self._others)
 
 
 class Host:

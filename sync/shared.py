@@ -57,6 +57,11 @@ class SharedMemory:
         self.grad: Tensor = slots[self.rank]
         self._slices = [slot[self.cut.start : self.cut.stop] for slot in slots]
 
+    @property
+    def waits(self) -> tuple[tuple[int, ...], float]:
+        """The ranks a call waits for now, and since when."""
+        return self._star.waits
+
     def exchange(self, step: int, values: Sequence[float]) -> Table:
         """Tell every rank ``values`` and return what each told."""
         self._step = step

@@ -51,6 +51,8 @@ class Star:
         self.rank, self.world = rank, world
         self._links = dict(links)
         self._timeout_s = timeout_s if rank == 0 else 2 * timeout_s
+        self.waits: tuple[tuple[int, ...], float] = ((), 0.0)
+        """The ranks this one waits for, once it sleeps, and since when; for other threads."""
         self._number = 0
         self._step = 0
         self._buffer = bytearray(_MAX_BYTES)
@@ -99,6 +101,7 @@ class Star:
             missing = [rank for rank in missing if rank not in told]
             if missing:
                 self._wait(missing, start)
+        self.waits = ((), 0.0)
         return told
 
     def _wait(self, missing: Sequence[int], start: float) -> None:
@@ -107,6 +110,7 @@ class Star:
         if waited_s < SPIN_S:
             os.sched_yield()
             return
+        self.waits = (tuple(missing), start)
         poller = select.poll()
         for rank in missing:
             poller.register(self._links[rank], select.POLLIN)

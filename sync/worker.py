@@ -1,8 +1,8 @@
 """What a rank of the synchronous group does: a gradient, a step, until the run has ended.
 
-Every decision follows from what all ranks told each other in the step, so all ranks decide alike:
+Every decision follows from what all ranks told each other in a step, so all ranks decide alike:
 that the budget is used up, that a gradient is not finite, that the driver wants the run to end or
-to be saved. The driver's wishes wait on a `Desk` for the end of the step.
+to be saved.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import threading
+import struct
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from paramserver.layout import Layout
 from paramserver.optimizers import Optimizer
 from paramserver.schedules import Schedule
 from sync.collective import Collective
+from sync.desk import Desk, Part, Position, Snapshot, Status
 from sync.step import Outcome, Reduce, Report, Stepper
 from workers.batches import Batches, step_seed
 from workers.examples import Examples
@@ -48,6 +48,7 @@ class Plan:
     """Applied to the reduced gradient."""
     schedule: Schedule | None = None
     on_nan: Literal["drop", "stop"] = "stop"
+    """Whether a step with a gradient that is not finite is left out, or ends the run."""
     updates: int | None = None
     """Version at which the run ends."""
     samples: int | None = None
@@ -55,148 +56,42 @@ class Plan:
     compare_every: int = 1000
     """Steps between two comparisons of the replicas; they are compared at the end as well."""
 
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where a run stands between two steps."""
-
-    version: int = 0
-    """Updates applied."""
-    clock: int = 0
-    """Steps taken, those left out included."""
-    gradients: int = 0
-    """Gradients the updates are made of."""
-    samples: int = 0
-    """Samples those gradients are made of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One rank's share of a run's state at one position; nothing in it is shared with the rank."""
-
-    position: Position
-    cut: range
-    params: Tensor
-    rule: dict[str, Any]
-    """The ``state_dict`` of the optimizer on the slice."""
-    scheduler: dict[str, Any] | None
+    def ended(self, position: Position) -> str | None:
+        """Return why a run ends at ``position``, if the budget is used up there."""
+        if self.updates is not None and position.version >= self.updates:
+            return f"{position.version} updates"
+        if self.samples is not None and position.samples >= self.samples:
+            return f"{position.samples} samples"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a rank's part of a run ended."""
+    """How one rank's part in a run ended."""
 
-    reason: str
+    reason: str | None
+    """None if the driver wanted it to end."""
     part: Part
+    status: Status
 
 
-class Desk:
-    """Where the driver's threads leave what they want of the loop, and get it. Thread-safe.
-
-    The loop looks at `stop`, `save` and `show` once a step, and lays answers on the desk.
-    """
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        """The run is to end after this step."""
-        self.save = threading.Event()
-        """Every rank is to lay its `Part` on its desk after this step; set at one rank only."""
-        self.show = threading.Event()
-        """This rank is to lay a copy of all parameters on the desk."""
-        self._changed = threading.Condition()
-        self._laid: dict[type, Any] = {}
-        self._is_closed = False
-        self.status: dict[str, Any] = {}
-        """Where the run stands; replaced as a whole, never changed."""
-
-    def lay(self, answer: Part | Shown) -> None:
-        """Leave ``answer`` for whoever waits for it; an earlier one nobody took is replaced."""
-        with self._changed:
-            self._laid[type(answer)] = answer
-            self._changed.notify_all()
-
-    def take(self, kind: type, timeout_s: float) -> Any:
-        """Wait for an answer of ``kind`` and take it; None if the loop ends without one.
-
-        Raises:
-            TimeoutError: The loop did not get to it in time.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: kind in self._laid or self._is_closed, timeout_s):
-                raise TimeoutError(f"no {kind.__name__} within {timeout_s:.1f} s")
-            return self._laid.pop(kind, None)
-
-    def close(self) -> None:
-        """Say that the loop has ended; what has been laid can still be taken."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """All parameters at one version, a copy."""
-
-    version: int
-    params: Tensor
-
-
-def train(
-    task: Task,
-    model: nn.Module,
-    examples: Examples,
-    collective: Collective,
-    plan: Plan,
-    desk: Desk,
-    params: Tensor,
-    *,
-    start: Position = Position(),  # noqa: B008  # frozen
-    rule: dict[str, Any] | None = None,
-    scheduler: dict[str, Any] | None = None,
-) -> Finished:
-    """Train from ``start`` until the budget is used up or the driver ends the run.
-
-    Args:
-        task: Gives the loss.
-        model: The task's model; its parameters are shown those of the group.
-        examples: The training data.
-        collective: The group; left to the caller to close.
-        plan: What is trained and for how long.
-        desk: Carries the driver's wishes; closed at the end.
-        params: The parameters to start from, shape ``(numel,)``.
-        start: Where the run stands.
-        rule: The optimizer's saved state on this rank's slice.
-        scheduler: The schedule's saved state.
-
-    Raises:
-        PeerLostError: Another rank is gone or silent; the step in flight was not finished.
-        NonFiniteGradientError: A gradient was not finite and the plan says to stop; all ranks
-            raise it alike, and it was not applied.
-        ReplicaMismatchError: The ranks' models differ.
-        TaskError: The task's loss failed.
-    """
-    try:
-        rank = _Rank(task, model, examples, collective, plan, desk)
-        rank.load(params, start, rule, scheduler)
-        return rank.run()
-    finally:
-        desk.close()
-
-
-class _Rank:
-    """The state of the loop."""
+class Trainee:
+    """One rank's model, data and place in the group."""
 
     def __init__(
-        self,
-        task: Task,
-        model: nn.Module,
-        examples: Examples,
-        collective: Collective,
-        plan: Plan,
-        desk: Desk,
+        self, task: Task, model: nn.Module, examples: Examples, collective: Collective, plan: Plan
     ) -> None:
+        """Show ``model`` the group's parameters, which `load` brings.
+
+        Args:
+            task: Gives the loss.
+            model: The task's model; it is not to be used otherwise.
+            examples: The training data.
+            collective: The group; left to the caller to close.
+            plan: What is trained and for how long.
+        """
         self._task, self._model, self._examples = task, model, examples
-        self._collective, self._plan, self._desk = collective, plan, desk
+        self._collective, self._plan = collective, plan
         self._stepper = Stepper(
             collective,
             plan.optimizer,
@@ -214,25 +109,142 @@ class _Rank:
             worker=collective.rank,
             num_workers=collective.world,
         )
+        self._names = [slot.name for slot in plan.layout.slots] + ["loss"]
         self._position = Position()
-        self._dropped: dict[str, int] = {}
-        self._waited_s = [0.0] * collective.world  # by rank, for slower ones
-        self._shown = torch.empty(0)
-        self._torn_down = False
 
     def load(
         self,
         params: Tensor,
-        start: Position,
-        rule: dict[str, Any] | None,
-        scheduler: dict[str, Any] | None,
+        position: Position = Position(),  # noqa: B008  # frozen
+        rule: dict[str, Any] | None = None,
+        scheduler: dict[str, Any] | None = None,
     ) -> None:
-        """Bring the group to ``start``; see `train`."""
+        """Bring the group to ``position``; every rank calls this with the same.
+
+        Args:
+            params: The parameters there, shape ``(numel,)``.
+            position: Where the run stands.
+            rule: The optimizer's state on this rank's slice; None before the first update.
+            scheduler: The schedule's state.
+        """
         group, cut = self._collective, self._collective.cut
-        self._position = start
-        group.exchange(start.clock, ())
+        group.exchange(position.clock, ())
         group.params[cut.start : cut.stop] = params[cut.start : cut.stop]
+        group.publish()
         if rule is not None:
             self._stepper.restore(rule, scheduler)
-        group.publish()
-        self._tell(math.nan)
+        self._position = position
+
+    def train(self, desk: Desk) -> Finished:
+        """Train until the budget is used up or the driver ends the run.
+
+        Raises:
+            PeerLostError: Another rank is gone or silent; the step in flight was not finished.
+            NonFiniteGradientError: A gradient was not finite and the plan says to stop; all ranks
+                raise it alike, and it was not applied.
+            ReplicaMismatchError: The ranks' models differ.
+            TaskError: The task's loss failed.
+        """
+        plan, status = self._plan, Status(self._position, waited_s=(0.0,) * self._collective.world)
+        desk.status = status
+        stop = False
+        self._model.train()
+        try:
+            while (reason := plan.ended(self._position)) is None and not stop:
+                outcome = self._stepper.step(self._position.clock + 1, self._gradient(desk))
+                status = self._account(outcome, status)
+                desk.status = status
+                stop = any(r.stop for r in outcome.reports)
+                if any(r.save for r in outcome.reports):
+                    desk.save.clear()
+                    desk.lay(self._part())
+                if desk.show.is_set():
+                    desk.show.clear()
+                    desk.lay(Snapshot(self._position.version, self._collective.params.clone()))
+                if self._position.clock % plan.compare_every == 0:
+                    self._compare()
+            self._compare()
+            return Finished(reason, self._part(), status)
+        finally:
+            desk.close()
+
+    def _gradient(self, desk: Desk) -> Report:
+        """Compute this rank's gradient into its slot."""
+        start = time.perf_counter()
+        clock = self._position.clock
+        torch.manual_seed(step_seed(self._plan.seed, self._collective.rank, clock))
+        indices = self._batches.indices(clock)
+        batch = self._examples.batch(indices)
+        with user_code(f"the loss of task {self._task.name!r}"):
+            loss = self._task.loss(self._model, batch)
+            norm = self._bound.backward(loss)
+        value = loss.item()
+        bad_layer = -1
+        if not (math.isfinite(norm) and math.isfinite(value)):
+            bad_layer = self._names.index(self._bound.nonfinite_layer() or "loss")
+        elif self._plan.clip_own is not None:
+            self._plan.clip_own.apply_(self._collective.grad, norm)
+        return Report(
+            samples=len(indices),
+            loss=value,
+            norm=norm,
+            seconds=time.perf_counter() - start,
+            bad_layer=bad_layer,
+            stop=desk.stop.is_set(),
+            save=desk.save.is_set(),
+        )
+
+    def _account(self, outcome: Outcome, status: Status) -> Status:
+        """Move on from a step; a gradient that is not finite ends the run if the plan says so."""
+        was, reports = self._position, outcome.reports
+        if not outcome.applied and self._plan.on_nan == "stop":
+            worker = outcome.culprit
+            layer = self._names[int(reports[worker].bad_layer)]
+            raise NonFiniteGradientError(worker, was.clock + 1, layer)
+        last = max(range(len(reports)), key=lambda rank: reports[rank].seconds)
+        waited_s = list(status.waited_s)
+        waited_s[last] += sum(reports[last].seconds - r.seconds for r in reports)
+        if not outcome.applied:
+            self._position = Position(was.version, was.clock + 1, was.gradients, was.samples)
+            dropped = status.dropped + len(reports)
+            return Status(self._position, status.loss_sum, dropped, tuple(waited_s))
+        samples = sum(r.samples for r in reports)
+        self._position = Position(
+            was.version + 1,
+            was.clock + 1,
+            was.gradients + len(reports),
+            was.samples + int(samples),
+        )
+        loss = sum(r.loss * r.samples for r in reports) / samples
+        return Status(self._position, status.loss_sum + loss, status.dropped, tuple(waited_s))
+
+    def _part(self) -> Part:
+        """Copy this rank's share of the run's state."""
+        cut = self._collective.cut
+        scheduler = self._stepper.scheduler
+        return Part(
+            self._position,
+            cut,
+            self._collective.params[cut.start : cut.stop].clone(),
+            copy.deepcopy(self._stepper.rule.state_dict()),
+            None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
+        )
+
+    def _compare(self) -> None:
+        """Check that all ranks' models have the same parameters, to the last bit."""
+        clock = self._position.clock
+        mine = struct.unpack(">4H", fingerprint(self._model))  # whole numbers a double holds
+        table = self._collective.exchange(clock, mine)
+        hashes = {r: "".join(f"{int(word):04x}" for word in row) for r, row in enumerate(table)}
+        if len(set(hashes.values())) > 1:
+            raise ReplicaMismatchError(clock, hashes)
+
+
+def fingerprint(model: nn.Module) -> bytes:
+    """Return 8 bytes that differ for different parameters, as the model itself sees them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            flat = parameter.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -31,7 +31,7 @@ Measure = Callable[[int], list[float]]
 COPIED, IN_PLACE = f"{OURS}, copied in", f"{OURS}, in place"
 LIMIT = "memory limit"
 
-SIZES = ((1024, 200), (2**18, 50), (2**20, 25), (2**23, 8), (2**25, 4))
+SIZES = ((1024, 200), (2**18, 50), (2**20, 25), (2**23, 10), (2**25, 6))
 """Floats, and repeats a round."""
 
 QUICK_SIZES = ((1024, 5), (2**16, 3))
@@ -74,10 +74,12 @@ def measure(
             except Exception as error:  # a contender that cannot run must not end the others
                 report.failed(name, error)
         rounds: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(num_rounds):
+        for number in range(-1, num_rounds):  # the first round only warms up: memory, caches
             for name, contender in list(contenders.items()):
                 try:
-                    rounds[name].append(statistics.median(contender(repeats)))
+                    median = statistics.median(contender(repeats))
+                    if number >= 0:
+                        rounds[name].append(median)
                 except Exception as error:
                     report.failed(name, error)
                     del contenders[name]

@@ -133,7 +133,10 @@ def test_a_push_without_an_answer_times_out_and_a_retry_applies_it_once(start: S
         client.first_read()
         norm = write(client, vector(1))
         asked_at = time.monotonic()
-        with cluster.mute(), pytest.raises(ServerTimeoutError, match="did not answer within 0.1 s"):
+        with (
+            cluster.mute(),
+            pytest.raises(ServerTimeoutError, match=r"did not answer within 0\.1 s"),
+        ):
             client.push(norm=norm)
         waited_s = time.monotonic() - asked_at
 
@@ -225,7 +228,7 @@ def test_a_replaced_worker_cannot_push_and_its_end_harms_nobody(start: Start) ->
         old.first_read()
         new = cluster.join(0, incarnation=2)
         reading = new.first_read()
-        with pytest.raises(ProtocolError, match="does not take part|another's connection"):
+        with pytest.raises(ProtocolError, match=r"does not take part|another's connection"):
             push(old, vector(1))
         old.close()
         cluster.settle()
@@ -294,7 +297,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_name(start: Start) -> No
     with start(vector(0)) as cluster:
         client, other = cluster.join(0), cluster.join(1)
         client.first_read(), other.first_read()
-        with pytest.raises(NonFiniteGradientError, match="worker 0 at clock 1.*'fc.weight'"):
+        with pytest.raises(NonFiniteGradientError, match=r"worker 0 at clock 1.*'fc\.weight'"):
             client.push(norm=float("nan"), layer="fc.weight")
         with pytest.raises(NonFiniteGradientError, match="worker 0 at clock 1"):
             other.push(norm=1.0)
@@ -367,7 +370,7 @@ def test_nobody_there_is_said_at_once() -> None:
     cluster = SharedMemoryCluster(vector(0))
     cluster.close()
 
-    with pytest.raises(ServerLostError, match="connecting to .* refused"):
+    with pytest.raises(ServerLostError, match=r"connecting to .* refused"):
         cluster.connect(0, 0, 1)
 
 

@@ -34,7 +34,7 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_no_push_is_lost_halved_or_applied_twice(rule: RuleSpec, shards: int) -> None:
     for seed in range(3):
-        print(f"seed {seed}")  # noqa: T201
+        print(f"seed {seed}")
         plan = Plan(seed, rule, workers=2 + seed, shards=shards)
 
         plan.run(num_events=400)

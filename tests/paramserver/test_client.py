@@ -137,7 +137,7 @@ def test_the_end_and_failures_are_told() -> None:
     c = client(leader)
 
     assert c.first_read() == Ended("done")
-    with pytest.raises(ProtocolError, match="^no$"):
+    with pytest.raises(ProtocolError, match=r"^no$"):
         c.push()
 
 

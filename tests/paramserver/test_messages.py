@@ -62,7 +62,10 @@ def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
         (encode(Message(Kind.PUSH))[:-1], "bytes is cut short"),
         (encode(Message(99)), "there is no message kind 99"),
         (encode(Message(Kind.FAIL)) + b"\xff", "not UTF-8"),
-        (struct.pack("<BBH", Kind.PUSH, 0, 7) + encode(Message(Kind.PUSH))[4:], "speaks protocol 7"),
+        (
+            struct.pack("<BBH", Kind.PUSH, 0, 7) + encode(Message(Kind.PUSH))[4:],
+            "speaks protocol 7",
+        ),
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes, error: str) -> None:
@@ -98,7 +101,7 @@ def test_an_error_is_the_same_at_the_other_side(error: ParamServerError) -> None
 def test_an_error_too_long_for_a_message_arrives_shortened() -> None:
     error = ProtocolError("é" * MAX_BYTES)
 
-    with pytest.raises(ParamServerError, match="^é{1000}$"):
+    with pytest.raises(ParamServerError, match=r"^é{1000}$"):
         raise_failure(decode(encode(failure(error))))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -20,15 +21,15 @@ from paramserver.sequencer import Budget, Sequencer
 Ordered = list[tuple[Action, int, int]]
 
 
-def sequencer(rule: RuleSpec | None = None, *, workers: int = 2, **settings: object) -> Sequencer:
+def sequencer(rule: RuleSpec | None = None, *, workers: int = 2, **settings: Any) -> Sequencer:
     machine = (rule or Asynchronous()).build(workers)
-    s = Sequencer(machine, **settings)  # type: ignore[arg-type]
+    s = Sequencer(machine, **settings)
     for worker in range(workers):
         s.on_join(worker, 1, 0.0)
     return s
 
 
-def a_push(s: Sequencer, worker: int, **of: object) -> Message:
+def a_push(s: Sequencer, worker: int, **of: Any) -> Message:
     read = s.conservation.read_version(worker)
     m = Message(
         Kind.PUSH, worker=worker, incarnation=1, seq=s.seq(worker) + 1,
@@ -37,7 +38,7 @@ def a_push(s: Sequencer, worker: int, **of: object) -> Message:
     return m._replace(**of)
 
 
-def push(s: Sequencer, worker: int, now: float = 0.0, **of: object) -> list[Message]:
+def push(s: Sequencer, worker: int, now: float = 0.0, **of: Any) -> list[Message]:
     m = a_push(s, worker, **of)
     assert not s.is_duplicate(m)
     return s.on_push(m, now)
@@ -76,7 +77,7 @@ def test_a_push_that_was_decided_about_is_a_duplicate() -> None:
         ({"norm": -2.0}, "a gradient of norm -2.0"),
     ],
 )
-def test_a_push_out_of_order_is_refused(of: dict[str, object], message: str) -> None:
+def test_a_push_out_of_order_is_refused(of: dict[str, Any], message: str) -> None:
     s = sequencer()
 
     with pytest.raises(ProtocolError, match=message):
@@ -122,7 +123,7 @@ def test_a_new_incarnation_ends_the_old_one_and_keeps_its_clock() -> None:
 
 
 @pytest.mark.parametrize("of", [{"norm": math.nan}, {"norm": math.inf}, {"loss": math.nan}])
-def test_a_gradient_that_is_not_finite_is_dropped_and_counted(of: dict[str, object]) -> None:
+def test_a_gradient_that_is_not_finite_is_dropped_and_counted(of: dict[str, Any]) -> None:
     s = sequencer(on_nan="drop")
 
     orders = push(s, 0, **of)
@@ -183,9 +184,7 @@ def test_a_run_resumed_at_its_budget_does_nothing_more() -> None:
     done = sequencer(budget=Budget(updates=1))
     push(done, 0)
 
-    again = Sequencer(
-        Asynchronous().build(2), budget=Budget(updates=1), progress=done.progress()
-    )
+    again = Sequencer(Asynchronous().build(2), budget=Budget(updates=1), progress=done.progress())
 
     assert again.ended == "1 updates"
     assert again.on_join(0, 2, 0.0) == []
@@ -250,7 +249,7 @@ def test_who_waits_too_long_ends_the_run() -> None:
 
     s.on_tick(11.5)
 
-    error = s.error
+    error: object = s.error
     assert isinstance(error, StragglerTimeoutError)
     assert (error.worker, error.clock, error.waits_for, error.waited_s) == (0, 1, {1: 0}, 10.5)
 
@@ -274,7 +273,7 @@ def test_a_rule_that_breaks_its_promise_stops_the_run() -> None:
     orders = push(s, 1)
 
     assert told(orders) == [(Action.TAKE, 1, 2)]
-    error = s.error
+    error: object = s.error
     assert isinstance(error, InvariantError)
     assert vars(error) == {
         "rule": "boastful", "invariant": "staleness", "bound": 0, "value": 1, "worker": 1,

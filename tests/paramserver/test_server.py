@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ class Side:
     """A server with its memory; what it sends to a connection is kept by the connection's name."""
 
     def __init__(self, rule: RuleSpec | None = None, **sequencer: Any) -> None:
-        self.buffers = [torch.zeros(64) for _ in range(6)]
+        self.buffers: Sequence[torch.Tensor] = [torch.zeros(64) for _ in range(6)]
         self.sent: dict[object, list[Message]] = {}
         self._slots: dict[object, torch.Tensor] = {}
         self.shard = Shard(torch.zeros(64), SGD(lr=1.0), self.buffers)
@@ -49,7 +50,12 @@ def hello(worker: int, incarnation: int = 1, text: str = "t f") -> Message:
 
 def a_push(worker: int, seq: int = 1, read_version: int = 0, incarnation: int = 1) -> Message:
     return Message(
-        Kind.PUSH, worker=worker, incarnation=incarnation, seq=seq, read_version=read_version, norm=1
+        Kind.PUSH,
+        worker=worker,
+        incarnation=incarnation,
+        seq=seq,
+        read_version=read_version,
+        norm=1,
     )
 
 
@@ -214,3 +220,14 @@ def test_every_shard_saves_itself_at_the_version_that_is_returned() -> None:
     assert side.shard.saved is not None
     assert side.shard.saved.version == 1
     assert [(m.kind, m.action, m.version) for m in side.sent["f"]] == [(Kind.ORDER, 7, 1)]
+
+
+def test_every_incarnation_that_joins_after_the_end_is_told() -> None:
+    side = Side()
+    side.leader.stop("enough")
+    side.leader.on_message("a", hello(0, incarnation=1), 0.0)
+    side.leader.on_gone("a", 0.0)
+
+    side.leader.on_message("b", hello(0, incarnation=2), 0.0)
+
+    assert side.kinds("a") == side.kinds("b") == [Kind.WELCOME, Kind.END]

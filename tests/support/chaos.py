@@ -171,7 +171,9 @@ class Plan:
 
         class Ours(MemoryCluster):
             make_network = AnyOrder
-            make_connection = cast("type[memory.MemoryConnection]", type("L", (Lossy,), {"plan": self}))
+            make_connection = cast(
+                "type[memory.MemoryConnection]", type("L", (Lossy,), {"plan": self})
+            )
 
         self.cluster = Ours(start, shards=shards, rule=machine, readers=workers + 1)
         network = cast(AnyOrder, self.cluster.network)
@@ -231,7 +233,7 @@ class Plan:
         turn: Turn = "go on"
         if draw < self._kill_rate:
             turn, self.num_killed = "die", self.num_killed + 1
-        elif life.pushes and (draw < 0.1 or self._is_calm and self.rng.random() < 0.01):
+        elif life.pushes and (draw < 0.1 or (self._is_calm and self.rng.random() < 0.01)):
             turn, self.num_timeouts = "time out", self.num_timeouts + 1
         if life.take(turn):
             return

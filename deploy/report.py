@@ -1,0 +1,319 @@
+"""What a run's record says, as a page: one run in full, or several side by side.
+
+The page stands alone: plots are inside, and nothing is fetched. What a record does not have, such
+as staleness in a synchronous run, is left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy import page, plots
+from paramserver.durable import write_durably
+from paramserver.errors import RecordError
+from paramserver.record import Record, RunFolder, read_record
+
+_NOT_METRICS = {"kind", "gradients", "updates", "seconds", "version"}
+
+_MAX_ROWS = 16
+"""Workers or causes of waiting that are listed; more are summed up."""
+
+_NO_RESULT = "the record has no result: the run still goes, or was killed"
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of one run, or of several side by side, and return where it is.
+
+    Args:
+        folders: Records of runs.
+        out: The page; None writes ``report.html`` into the folder of the run, and for several runs
+            beside the folder of the first.
+
+    Raises:
+        ValueError: There is no folder.
+        RecordError: A folder is not the record of a run, or the page cannot be written.
+    """
+    if not folders:
+        raise ValueError("a report needs the folder of at least one run")
+    records = [read_record(folder) for folder in folders]
+    if len(records) == 1:
+        text = _one(records[0])
+        path = out or RunFolder(folders[0]).report
+    else:
+        text = _several(records)
+        path = out or folders[0].parent / "report.html"
+    try:
+        write_durably(path, text.encode())
+    except OSError as error:
+        raise RecordError(f"cannot write the report {path}: {error}") from error
+    return path
+
+
+def _one(record: Record) -> str:
+    about = _facts(record)
+    title = ", ".join(about[key] for key in ("task", "mode", "optimizer") if key in about)
+    return page.page(
+        title or record.path.name,
+        f"{record.path.name}: {about['stopped because']}",
+        [
+            page.tiles(_headline(record)),
+            page.facts(about),
+            page.section("Training", _training(record)),
+            page.section("Staleness", _staleness(record)),
+            page.section("Speed", _speed(record)),
+            page.section("Configuration", [page.facts(_settings(record))]),
+            page.section("Versions", [page.facts(_result(record).get("versions", {}))]),
+        ],
+    )
+
+
+def _several(records: Sequence[Record]) -> str:
+    names = [r.path.name for r in records]
+    if len(set(names)) < len(names):
+        names = [str(r.path) for r in records]
+    legend = [(name, colour) for colour, name in enumerate(names)]
+    rows: dict[str, list[plots.Series]] = {}
+    for (name, colour), record in zip(legend, records, strict=True):
+        for label, lines, key in _curves(record):
+            rows.setdefault(label, []).append(plots.Series(name, colour, lines, key))
+    training = [page.note("No run has logged any metrics.")]
+    if rows:
+        svg = plots.progress("training", rows)
+        training = [page.figure(svg, "Progress", "by gradients, updates and time.", legend)]
+    return page.page(
+        f"{len(records)} runs side by side",
+        ", ".join(names),
+        [
+            page.table(["", *names], _side_by_side([_facts(r) for r in records]), wide=True),
+            page.section("Training", training),
+            page.section("Staleness", _histograms(records, legend)),
+            page.section("Speed", _rates(records, legend)),
+            page.section("What differs in the configuration", _differences(records, names)),
+        ],
+    )
+
+
+def _result(record: Record) -> dict[str, Any]:
+    return record.result or {}
+
+
+def _facts(record: Record) -> dict[str, str]:
+    """Return what there is to say in words, in the order it is read."""
+    asked = {**record.config, **_result(record)}
+    done = {**(record.metrics[-1] if record.metrics else {}), **_result(record)}
+    said: dict[str, str] = {}
+    for key in ("mode", "task", "optimizer", "rule", "damping", "workers", "shards"):
+        if asked.get(key) is not None:
+            said[key] = _value(asked[key])
+    for key in ("updates", "gradients", "samples"):
+        if key in done:
+            rate = done.get(f"{key}_per_s")
+            said[key] = _value(done[key]) + (f" ({rate:,.4g} a second)" if rate else "")
+    if "seconds" in done:
+        said["time"] = f"{done['seconds']:,.1f} s"
+    for when in ("final", "best"):
+        if done.get(when):
+            said[when] = _metrics(done[when])
+    if "staleness" in done:
+        s = done["staleness"]
+        said["staleness"] = ", ".join(f"{k} {_value(s[k])}" for k in ("mean", "p50", "p95", "max"))
+    if "dropped" in done:
+        dropped = [f"{count:,} {reason}" for reason, count in done["dropped"].items()]
+        said["dropped"] = ", ".join(dropped) or "none"
+    if "failures" in done:
+        failures = [f"{f['what']} at {f['seconds']:,.1f} s" for f in done["failures"]]
+        more = len(failures) - _MAX_ROWS
+        failures[_MAX_ROWS:] = [f"{more} more"] if more > 0 else []
+        said["failures"] = ", ".join(failures) or "none"
+    for bound in done.get("invariants", []):
+        limit, worst = bound["bound"], bound["worst"]
+        held = "✓ held" if worst <= limit else "✗ broken"
+        said[bound["name"]] = f"{held}: at most {_value(limit)}, worst seen {_value(worst)}"
+    if "conservation" in done:
+        law = done["conservation"]
+        said["conservation of staleness"] = (
+            f"✓ holds: {law['left']:,} = {law['right']:,}"
+            if law["holds"]
+            else f"✗ broken: {law['left']:,} ≠ {law['right']:,}"
+        )
+    return {**said, "stopped because": done.get("stopped_because", _NO_RESULT)}
+
+
+def _headline(record: Record) -> Iterator[tuple[str, str, str]]:
+    """Return the few numbers that matter most."""
+    r = _result(record)
+    best = r.get("best", {})
+    for name in sorted(r.get("final", {}), key=lambda name: name == "loss")[:1]:
+        at = f"best {_value(best[name])}" if name in best else ""
+        when = f" at {best['seconds']:,.1f} s" if at and "seconds" in best else ""
+        yield f"final {name}", _value(r["final"][name]), at + when
+    for name, per in (("updates", "updates_per_s"), ("gradients", "gradients_per_s")):
+        if name in r and per in r:
+            yield name, f"{r[name]:,}", f"{r[per]:,.4g} a second"
+    if "staleness" in r:
+        s = r["staleness"]
+        yield "mean staleness", _value(s["mean"]), f"p95 {s['p95']}, largest {s['max']}"
+
+
+def _curves(record: Record) -> Iterator[tuple[str, list[dict[str, Any]], str]]:
+    """Yield label, lines and key of each curve in the metrics."""
+    train = [line for line in record.metrics if line.get("kind") == "train"]
+    test = [line for line in record.metrics if line.get("kind") == "test"]
+    if any("loss" in line for line in train):
+        yield "train loss", train, "loss"
+    names = dict.fromkeys(name for line in test for name in line if name not in _NOT_METRICS)
+    for name in sorted(names, key=lambda name: name != "loss"):
+        yield f"test {name}", test, name
+
+
+def _training(record: Record) -> Iterator[str]:
+    rows: dict[str, list[plots.Series]] = {}
+    for label, lines, key in _curves(record):
+        of_train = label.startswith("train")
+        rows.setdefault(key, []).append(plots.Series(label, int(not of_train), lines, key))
+    if not rows:
+        yield page.note("No metrics were logged.")
+        return
+    legend = {s.label.split()[0]: s.colour for row in rows.values() for s in row}
+    svg = plots.progress("training", rows)
+    yield page.figure(svg, "Progress", "by gradients, updates and time.", list(legend.items()))
+    lost = sum(line[s.key] is None for row in rows.values() for s in row for line in s.lines)
+    if lost:
+        yield page.note(f"{lost} values were not finite and leave gaps.")
+
+
+def _staleness(record: Record) -> Iterator[str]:
+    said = _result(record).get("staleness")
+    if said is None:
+        yield page.note(
+            "The record has no staleness: in a synchronous run there is none, and a run that was "
+            "killed did not sum it up."
+        )
+    elif said["histogram"]:
+        svg = plots.histogram("histogram", [(0, _counts(said))])
+        yield page.figure(svg, "How stale gradients were", "Applied pushes, all workers.")
+    updates = record.updates
+    if updates is None or not (updates["dropped"] == 0).any():
+        yield page.note("Staleness over time is not shown: the record has no applied pushes.")
+        return
+    workers = sorted(set(updates["worker"].tolist()))
+    svg = plots.staleness_over_time("over-time", updates, workers)
+    if len(workers) <= plots.NUM_COLOURS:
+        legend = [(f"worker {worker}", colour) for colour, worker in enumerate(workers)]
+        yield page.figure(svg, "Staleness of each worker over time", legend=legend)
+    else:
+        caption = f"The line is the mean of {len(workers)} workers, the band their means' range."
+        yield page.figure(svg, "Staleness over time", caption)
+    per_worker = (said or {}).get("per_worker", {})
+    if per_worker:
+        yield page.table(
+            ["worker", "applied pushes", "mean staleness", "largest"],
+            [
+                (w, f"{f['pushes']:,}", f"{f['mean']:.3f}", str(f["max"]))
+                for w, f in list(per_worker.items())[:_MAX_ROWS]
+            ],
+        )
+    if len(per_worker) > _MAX_ROWS:
+        yield page.note(f"and {len(per_worker) - _MAX_ROWS} more workers, listed in result.json.")
+
+
+def _speed(record: Record) -> Iterator[str]:
+    lines = record.metrics
+    if lines:
+        keys = ["gradients", "updates"]
+        if all(line["gradients"] == line["updates"] for line in lines):
+            keys = ["gradients"]
+        svg = plots.throughput("throughput", [(i, lines, key) for i, key in enumerate(keys)])
+        names = ["each gradient is an update"] if len(keys) == 1 else keys
+        legend = [(name, colour) for colour, name in enumerate(names)]
+        yield page.figure(svg, "Throughput over time", legend=legend)
+    waits = _result(record).get("waits")
+    if waits is None:
+        yield page.note("Waits are not shown: the record has none.")
+    elif not waits:
+        yield page.note("No worker waited for another.")
+    else:
+        longest = sorted(waits.items(), key=lambda item: -item[1]["seconds"])
+        bars = {f"{who}, {w['count']:,} times": w["seconds"] for who, w in longest[:_MAX_ROWS]}
+        rest = sum(w["seconds"] for _, w in longest[_MAX_ROWS:])
+        if rest:
+            bars[f"{len(longest) - _MAX_ROWS} others"] = rest
+        total = sum(w["seconds"] for w in waits.values())
+        at_work = max(_result(record)["workers"] * _result(record)["seconds"], 1e-9)
+        caption = f"{total:,.1f} s in all, {100 * total / at_work:.1f} % of the workers' time."
+        yield page.figure(plots.waits("waits", bars), "Who waited for whom", caption)
+
+
+def _settings(record: Record) -> dict[str, str]:
+    config = _result(record).get("config", record.config)
+    return {key.replace("_", " "): _value(value) for key, value in config.items()}
+
+
+def _side_by_side(columns: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
+    for key in dict.fromkeys(key for column in columns for key in column):
+        yield [key, *(column.get(key, "") for column in columns)]
+
+
+def _histograms(records: Sequence[Record], legend: Sequence[tuple[str, int]]) -> Iterator[str]:
+    said = [_result(record).get("staleness") for record in records]
+    shown = [(entry, s) for entry, s in zip(legend, said, strict=True) if s and s["histogram"]]
+    if shown:
+        svg = plots.histogram("histogram", [(colour, _counts(s)) for (_, colour), s in shown])
+        entries = [entry for entry, _ in shown]
+        yield page.figure(svg, "How stale gradients were", "Applied pushes.", entries)
+    without = [
+        name for (name, _), s in zip(legend, said, strict=True) if not (s and s["histogram"])
+    ]
+    if without:
+        yield page.note(f"No staleness in the record of {', '.join(without)}.")
+
+
+def _rates(records: Sequence[Record], legend: Sequence[tuple[str, int]]) -> Iterator[str]:
+    rates = [
+        (colour, record.metrics, "gradients")
+        for (_, colour), record in zip(legend, records, strict=True)
+        if record.metrics
+    ]
+    if rates:
+        svg = plots.throughput("throughput", rates)
+        yield page.figure(svg, "Gradients a second over time", legend=legend)
+
+
+def _differences(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
+    rows = [row for row in _side_by_side([_settings(r) for r in records]) if len({*row[1:]}) > 1]
+    if rows:
+        yield page.table(["", *names], rows, wide=True)
+        yield page.note("All other settings are the same.")
+    else:
+        yield page.note("The configurations are the same.")
+
+
+def _counts(staleness: Mapping[str, Any]) -> dict[int, int]:
+    return {int(value): pushes for value, pushes in staleness["histogram"].items()}
+
+
+def _metrics(values: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{k} {_value(v)}" for k, v in values.items() if k not in _NOT_METRICS)
+    at = [f"version {values['version']:,}"] if "version" in values else []
+    at += [f"{values['seconds']:,.1f} s"] if "seconds" in values else []
+    return f"{said} (at {', '.join(at)})" if at else said
+
+
+def _value(value: object) -> str:
+    """Write a value of a record as people read it; a plug-in as the command line takes it."""
+    if isinstance(value, dict):
+        keys = ",".join(
+            f"{k}={'/'.join(map(str, v)) if isinstance(v, list) else v}"
+            for k, v in value.items()
+            if k != "name"
+        )
+        return ":".join(filter(None, [str(value.get("name", "")), keys]))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+    return str(value) or "none"

@@ -1,0 +1,186 @@
+"""Real processes: a run trains, survives a kill, resumes, says what broke, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from async_sgd.rules import BSP, SSP
+from async_sgd.trainer import AsyncTrainer
+from paramserver.checkpoint import load_checkpoint
+from paramserver.errors import (
+    CheckpointError,
+    LayoutError,
+    RecordError,
+    RunFailedError,
+    TaskError,
+)
+from paramserver.ledger import Ledger
+from paramserver.optimizers import SGD, Adam, Momentum, Optimizer
+from paramserver.recount import recount
+from tests.support.processes import kill_and_wait, titled
+from workers.config import RunConfig
+from workers.task import Data, Task, TensorExamples
+from workers.tasks import task
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
+
+
+def quadratic_run(
+    out: Path, optimizer: Optimizer, **config: Any
+) -> Callable[..., AsyncTrainer]:
+    def make(**trainer: Any) -> AsyncTrainer:
+        values = {"workers": 2, "updates": 300, "evaluate_every_s": 0, "out": out, **config}
+        return AsyncTrainer(task("quadratic:noise=0"), optimizer, RunConfig(**values), **trainer)
+
+    return make
+
+
+def test_digits_reach_97_percent(tmp_path: Path) -> None:
+    trainer = AsyncTrainer(
+        task("digits"), Adam(lr=3e-3), RunConfig(workers=2, epochs=25, out=tmp_path / "run")
+    )
+
+    result = trainer.fit()
+
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result.best["accuracy"] >= 0.97
+    assert record["conservation"]["holds"]
+    assert record["gradients"] == sum(int(n) for n in record["staleness"]["histogram"].values())
+    assert result.checkpoint is not None
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("rule", [None, SSP(bound=1), BSP()], ids=["asp", "ssp", "bsp"])
+def test_a_quadratic_reaches_its_optimum(tmp_path: Path, shards: int, rule: Any) -> None:
+    run = quadratic_run(tmp_path / "run", SGD(lr=0.3), updates=1500)
+
+    result = run(shards=shards, rule=rule).fit()
+
+    assert result.metrics["distance"] < 1e-4
+    assert result.record["updates"] == 1500
+
+
+def test_a_killed_worker_is_replaced_and_every_push_is_applied_once(tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_one(status: Mapping[str, Any]) -> None:
+        if not killed and status["updates"] > 50:
+            killed.append(titled("ray::Worker.run")[0])
+            kill_and_wait(killed[0])
+
+    trainer = AsyncTrainer(
+        task("digits"),
+        Momentum(lr=0.01),
+        RunConfig(workers=2, updates=6000, out=tmp_path / "run"),
+        shards=2,
+        progress=kill_one,
+    )
+    result = trainer.fit()
+
+    ledger = Ledger.load(tmp_path / "run" / "updates.npz")
+    columns = ledger.columns()
+    assert killed
+    assert len(result.record["failures"]) == 1
+    assert result.record["updates"] == 6000
+    assert result.record["conservation"]["holds"]
+    assert recount(columns) == []
+    assert set(columns["incarnation"].tolist()) == {1, 2}
+
+
+def test_one_worker_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def run(name: str, **config: Any) -> torch.Tensor:
+        folder = {} if "resume" in config else {"out": tmp_path / name}
+        AsyncTrainer(
+            task("digits"),
+            Adam(lr=1e-3),
+            RunConfig(workers=1, evaluate_every_s=0, **folder, **config),
+            shards=2,
+        ).fit()
+        return load_checkpoint(tmp_path / name / "checkpoint").params
+
+    whole = run("whole", updates=200)
+    run("parts", updates=90)
+    resumed = run("parts", resume=tmp_path / "parts", updates=200)
+
+    assert torch.equal(whole, resumed)
+
+
+def test_a_failing_loss_ends_the_run_and_leaves_its_record(tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        raise KeyError("no such column")
+
+    data = Data(TensorExamples(torch.rand(64, 4)), TensorExamples(torch.rand(8, 4)))
+    broken = Task(
+        name="broken", model=lambda: nn.Linear(4, 1), data=lambda: data, loss=loss, headline="loss"
+    )
+
+    with pytest.raises((RunFailedError, TaskError), match="no such column"):
+        AsyncTrainer(broken, SGD(lr=0.1), RunConfig(updates=5, out=tmp_path / "run")).fit()
+
+    assert titled("ray::Worker.run") == []
+
+
+def exploding(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return (model(batch[0]) * float("nan")).mean()
+
+
+def linear_task(loss: Callable[..., torch.Tensor]) -> Task:
+    data = Data(TensorExamples(torch.rand(64, 4)), TensorExamples(torch.rand(8, 4)))
+    return Task(
+        name="linear", model=lambda: nn.Linear(4, 1), data=lambda: data, loss=loss, headline="loss"
+    )
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    trainer = AsyncTrainer(
+        linear_task(exploding), SGD(lr=0.1), RunConfig(updates=5, out=tmp_path / "run")
+    )
+
+    with pytest.raises(RunFailedError, match=r"worker \d at clock 1: the gradient of 'weight'"):
+        trainer.fit()
+
+    columns = Ledger.load(tmp_path / "run" / "updates.npz").columns()
+    assert np.all(columns["dropped"] > 0)
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
+    data = Data(TensorExamples(torch.rand(8, 2)), TensorExamples(torch.rand(8, 2)))
+    frozen = Task(
+        name="frozen",
+        model=lambda: nn.Linear(2, 1).requires_grad_(False),
+        data=lambda: data,
+        loss=exploding,
+        headline="loss",
+    )
+
+    with pytest.raises(LayoutError, match="no trainable parameter"):
+        AsyncTrainer(frozen, SGD(lr=0.1), RunConfig(updates=1, out=tmp_path / "run")).fit()
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    quadratic_run(tmp_path / "run", SGD(lr=0.05), updates=5)().fit()
+
+    with pytest.raises(RecordError, match="another run"):
+        quadratic_run(tmp_path / "run", SGD(lr=0.05), updates=5)().fit()
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    quadratic_run(tmp_path / "run", SGD(lr=0.05), updates=5)().fit()
+
+    with pytest.raises(CheckpointError, match="was trained with"):
+        quadratic_run(None, Adam(), resume=tmp_path / "run")().fit()  # type: ignore[arg-type]
+
+
+def test_more_workers_than_samples_are_refused(tmp_path: Path) -> None:
+    few = linear_task(lambda model, batch: model(batch[0]).mean())
+
+    with pytest.raises(ValueError, match="cannot share 64 samples"):
+        AsyncTrainer(few, SGD(lr=0.1), RunConfig(workers=65, updates=1)).fit()
