@@ -6,6 +6,7 @@ Every text is escaped here; only what `deploy.plots` drew goes in as it is.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from deploy.plots import NUM_COLOURS
@@ -40,7 +41,7 @@ h2 { font-size: 1.1rem; margin: 2.4rem 0 .7rem; padding-top: .9rem;
 .sub, .note, figcaption { color: var(--muted); }
 .sub { margin: 0 0 1.4rem; overflow-wrap: anywhere; }
 .note { margin: .6rem 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem;
   margin: 0 0 1.4rem; }
 .tile { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.55rem; line-height: 1.3; font-weight: 600; }
@@ -57,7 +58,7 @@ figure text { font-family: inherit !important; }
 table { border-collapse: collapse; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1.6rem .3rem 0;
   border-bottom: 1px solid var(--grid); }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 .wide { width: 100%; }
 .wide td { min-width: 8rem; }
 thead th { color: var(--muted); font-weight: 500; }
@@ -81,7 +82,7 @@ def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_text(title)}</title>\n<style>\n{head}</style>\n</head>\n<body>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{head}</style>\n</head>\n<body>\n"
         f'<h1>{_text(title)}</h1>\n<p class="sub">{_text(subtitle)}</p>\n'
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
@@ -156,4 +157,5 @@ def _root(colours: Mapping[str, str], series: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(text)
+    """Escape, and let ``adam:lr=0.1,betas=0.9/0.999`` break between keys."""
+    return re.sub(r",(?=[a-z])", ",<wbr>", html.escape(text))

@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 NUM_COLOURS = 6
 """Series colours a page defines; later series repeat them with dashes."""
 
+MAX_POINTS = 200
+"""Points of a line; of more values, means of neighbours are drawn."""
+
 AXES = {
     "gradients": "gradients",
     "updates": "updates",
@@ -84,10 +87,15 @@ class Series:
     key: str
 
     def points(self, axis: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return the values of ``axis`` and of the key; null is NaN."""
+        """Return the values of ``axis`` and of the key, null as NaN; long lines as local means."""
         rows = [(line[axis], line[self.key]) for line in self.lines if self.key in line]
-        x, y = np.array(rows, dtype=float).reshape(-1, 2).T
-        return x, y
+        points = np.array(rows, dtype=float).reshape(-1, 2)
+        group = -(-len(points) // MAX_POINTS)
+        if group > 1:
+            starts = np.arange(0, len(points), group)
+            sizes = np.diff([*starts, len(points)])
+            points = np.add.reduceat(points, starts) / sizes[:, None]
+        return points[:, 0], points[:, 1]
 
 
 def progress(name: str, rows: Mapping[str, Sequence[Series]]) -> str:
@@ -99,7 +107,7 @@ def progress(name: str, rows: Mapping[str, Sequence[Series]]) -> str:
             for panel, axis in zip(panels, AXES, strict=True):
                 for series in row:
                     x, y = series.points(axis)
-                    few = {"marker": "o", "markersize": 2.6} if len(x) <= 40 else {}
+                    few = {"marker": "o", "markersize": 2.6} if len(x) <= 30 else {}
                     panel.plot(x, y, **_line(series.colour), **few)
                 _tidy(panel)
             spans = _decades([y for series in row for y in series.points("updates")[1]])
@@ -129,7 +137,8 @@ def histogram(name: str, counts: Sequence[tuple[int, Mapping[int, int]]]) -> str
                 panel.bar(centres, share, 0.82 * width, color=_line(colour)["color"])
             else:
                 panel.stairs(share, edges, baseline=None, **_line(colour))
-        panel.set_xlabel("staleness (updates between read and apply)")
+        bars = f", in steps of {width}" if width > 1 else ""
+        panel.set_xlabel(f"staleness (updates between read and apply{bars})")
         panel.set_title("share of pushes (%)")
         panel.set_ylim(bottom=0)
         _tidy(panel, whole_x=True)
@@ -207,8 +216,8 @@ def waits(name: str, seconds: Mapping[str, float]) -> str:
 
 
 def _line(colour: int) -> dict[str, Any]:
-    dashes = {"dashes": (3, 1.5)} if colour >= NUM_COLOURS else {}
-    return {"color": f"#fe00{colour % NUM_COLOURS:02x}"} | dashes
+    dashes = (0, (3, 1.5)) if colour >= NUM_COLOURS else "solid"
+    return {"color": f"#fe00{colour % NUM_COLOURS:02x}", "linestyle": dashes}
 
 
 def _single(height: float) -> tuple[Figure, Axes]:

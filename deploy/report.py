@@ -6,6 +6,7 @@ as staleness in a synchronous run, is left out, and the page says so.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ _NOT_METRICS = {"kind", "gradients", "updates", "seconds", "version"}
 
 _MAX_ROWS = 16
 """Workers or causes of waiting that are listed; more are summed up."""
+
+_PROGRESS = (
+    "By gradients, updates and time. A point of a long line is the mean of neighbouring values."
+)
 
 _NO_RESULT = "the record has no result: the run still goes, or was killed"
 
@@ -53,6 +58,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def _one(record: Record) -> str:
     about = _facts(record)
+    found = _result(record).get("versions")
     title = ", ".join(about[key] for key in ("task", "mode", "optimizer") if key in about)
     return page.page(
         title or record.path.name,
@@ -64,7 +70,7 @@ def _one(record: Record) -> str:
             page.section("Staleness", _staleness(record)),
             page.section("Speed", _speed(record)),
             page.section("Configuration", [page.facts(_settings(record))]),
-            page.section("Versions", [page.facts(_result(record).get("versions", {}))]),
+            page.section("Versions", [page.facts(found)] if found else []),
         ],
     )
 
@@ -81,7 +87,7 @@ def _several(records: Sequence[Record]) -> str:
     training = [page.note("No run has logged any metrics.")]
     if rows:
         svg = plots.progress("training", rows)
-        training = [page.figure(svg, "Progress", "by gradients, updates and time.", legend)]
+        training = [page.figure(svg, "Progress", _PROGRESS, legend)]
     return page.page(
         f"{len(records)} runs side by side",
         ", ".join(names),
@@ -109,7 +115,7 @@ def _facts(record: Record) -> dict[str, str]:
             said[key] = _value(asked[key])
     for key in ("updates", "gradients", "samples"):
         if key in done:
-            rate = done.get(f"{key}_per_s")
+            rate = _result(record).get(f"{key}_per_s")
             said[key] = _value(done[key]) + (f" ({rate:,.4g} a second)" if rate else "")
     if "seconds" in done:
         said["time"] = f"{done['seconds']:,.1f} s"
@@ -146,9 +152,9 @@ def _headline(record: Record) -> Iterator[tuple[str, str, str]]:
     r = _result(record)
     best = r.get("best", {})
     for name in sorted(r.get("final", {}), key=lambda name: name == "loss")[:1]:
-        at = f"best {_value(best[name])}" if name in best else ""
+        at = f"best {_figure(best[name])}" if name in best else ""
         when = f" at {best['seconds']:,.1f} s" if at and "seconds" in best else ""
-        yield f"final {name}", _value(r["final"][name]), at + when
+        yield f"final {name}", _figure(r["final"][name]), at + when
     for name, per in (("updates", "updates_per_s"), ("gradients", "gradients_per_s")):
         if name in r and per in r:
             yield name, f"{r[name]:,}", f"{r[per]:,.4g} a second"
@@ -178,25 +184,24 @@ def _training(record: Record) -> Iterator[str]:
         return
     legend = {s.label.split()[0]: s.colour for row in rows.values() for s in row}
     svg = plots.progress("training", rows)
-    yield page.figure(svg, "Progress", "by gradients, updates and time.", list(legend.items()))
-    lost = sum(line[s.key] is None for row in rows.values() for s in row for line in s.lines)
+    yield page.figure(svg, "Progress", _PROGRESS, list(legend.items()))
+    values = [line.get(s.key, 0) for row in rows.values() for s in row for line in s.lines]
+    lost = values.count(None)
     if lost:
         yield page.note(f"{lost} values were not finite and leave gaps.")
 
 
 def _staleness(record: Record) -> Iterator[str]:
-    said = _result(record).get("staleness")
-    if said is None:
-        yield page.note(
-            "The record has no staleness: in a synchronous run there is none, and a run that was "
-            "killed did not sum it up."
-        )
-    elif said["histogram"]:
-        svg = plots.histogram("histogram", [(0, _counts(said))])
+    counts = _counts(record)
+    if counts:
+        svg = plots.histogram("histogram", [(0, counts)])
         yield page.figure(svg, "How stale gradients were", "Applied pushes, all workers.")
     updates = record.updates
     if updates is None or not (updates["dropped"] == 0).any():
-        yield page.note("Staleness over time is not shown: the record has no applied pushes.")
+        yield page.note(
+            "Staleness over time is not shown: the record has no applied pushes. A synchronous run "
+            "has none, and a run that was killed has those up to its last checkpoint."
+        )
         return
     workers = sorted(set(updates["worker"].tolist()))
     svg = plots.staleness_over_time("over-time", updates, workers)
@@ -206,7 +211,7 @@ def _staleness(record: Record) -> Iterator[str]:
     else:
         caption = f"The line is the mean of {len(workers)} workers, the band their means' range."
         yield page.figure(svg, "Staleness over time", caption)
-    per_worker = (said or {}).get("per_worker", {})
+    per_worker = _result(record).get("staleness", {}).get("per_worker", {})
     if per_worker:
         yield page.table(
             ["worker", "applied pushes", "mean staleness", "largest"],
@@ -257,15 +262,13 @@ def _side_by_side(columns: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
 
 
 def _histograms(records: Sequence[Record], legend: Sequence[tuple[str, int]]) -> Iterator[str]:
-    said = [_result(record).get("staleness") for record in records]
-    shown = [(entry, s) for entry, s in zip(legend, said, strict=True) if s and s["histogram"]]
+    counts = [_counts(record) for record in records]
+    shown = [(entry, of) for entry, of in zip(legend, counts, strict=True) if of]
     if shown:
-        svg = plots.histogram("histogram", [(colour, _counts(s)) for (_, colour), s in shown])
+        svg = plots.histogram("histogram", [(colour, of) for (_, colour), of in shown])
         entries = [entry for entry, _ in shown]
         yield page.figure(svg, "How stale gradients were", "Applied pushes.", entries)
-    without = [
-        name for (name, _), s in zip(legend, said, strict=True) if not (s and s["histogram"])
-    ]
+    without = [name for (name, _), of in zip(legend, counts, strict=True) if not of]
     if without:
         yield page.note(f"No staleness in the record of {', '.join(without)}.")
 
@@ -290,15 +293,27 @@ def _differences(records: Sequence[Record], names: Sequence[str]) -> Iterator[st
         yield page.note("The configurations are the same.")
 
 
-def _counts(staleness: Mapping[str, Any]) -> dict[int, int]:
-    return {int(value): pushes for value, pushes in staleness["histogram"].items()}
+def _counts(record: Record) -> dict[int, int]:
+    """Return applied pushes by staleness, from the ledger if the run was killed."""
+    said = _result(record).get("staleness")
+    if said is not None:
+        return {int(value): pushes for value, pushes in said["histogram"].items()}
+    if record.updates is None:
+        return {}
+    applied = record.updates["staleness"][record.updates["dropped"] == 0]
+    return dict(Counter(applied.tolist()))
 
 
 def _metrics(values: Mapping[str, Any]) -> str:
-    said = ", ".join(f"{k} {_value(v)}" for k, v in values.items() if k not in _NOT_METRICS)
+    said = ", ".join(f"{k} {_figure(v)}" for k, v in values.items() if k not in _NOT_METRICS)
     at = [f"version {values['version']:,}"] if "version" in values else []
     at += [f"{values['seconds']:,.1f} s"] if "seconds" in values else []
     return f"{said} (at {', '.join(at)})" if at else said
+
+
+def _figure(value: float | None) -> str:
+    """Write a metric; a record holds null for what is not finite."""
+    return "not finite" if value is None else _value(value)
 
 
 def _value(value: object) -> str:

@@ -17,7 +17,7 @@ from paramserver.checkpoint import OptimizerState, scatter_state
 from paramserver.layout import Layout
 from sync import gloo, shared
 from sync.collective import Collective
-from sync.desk import Desk, Part, Position, Snapshot
+from sync.desk import Desk, Part, Position
 from sync.worker import Finished, Plan, Trainee
 from workers.actor import keep_freed_memory
 from workers.gradients import BoundModel
@@ -65,9 +65,12 @@ class Rank:
         """Return the id of this process's node, and its own; it is ready then."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def host(self, group: Group) -> str:
-        """Open a new group as its rank 0; return the address where the others find it."""
-        self._leave()
+    def prepare(self, rank: int, group: Group) -> str:
+        """Get ready to be ``rank`` of a new group; rank 0 returns the address to meet at."""
+        self._desk = Desk()
+        self._told = self._desk.status
+        if rank > 0:
+            return ""
         self._host = (
             shared.Host()
             if group.kind == "shared_memory"
@@ -83,7 +86,6 @@ class Rank:
         ``params`` is what `pack` makes of the parameters at ``start``.
         """
         try:
-            self._desk = Desk()
             self._collective = self._join(rank, group, address)
             trainee = Trainee(
                 self._task,
@@ -106,20 +108,22 @@ class Rank:
 
     def stop(self) -> None:
         """Let all ranks end the run after the step they are in."""
-        self._desk.stop.set()
+        self._desk.stop = True
 
-    def begin_save(self) -> None:
+    def begin_save(self, number: int) -> None:
         """Let all ranks save their state after the step they are in; `saved` brings it."""
-        self._desk.save.set()
+        self._desk.save = number
 
-    def saved(self, timeout_s: float) -> Part | None:
-        """Return this rank's share of what `begin_save` asked for; None if the run has ended."""
-        return self._desk.take(Part, timeout_s)
+    def saved(self, number: int, timeout_s: float) -> Part | None:
+        """Return this rank's share of save ``number``; None if the run has ended.
+
+        Number 0 is what a run leaves that ended because a gradient was not finite.
+        """
+        return self._desk.part(number, timeout_s)
 
     def snapshot(self, timeout_s: float) -> tuple[int, Any] | None:
         """Return the version at the end of a step and its parameters; None if the run has ended."""
-        self._desk.show.set()
-        snapshot = self._desk.take(Snapshot, timeout_s)
+        snapshot = self._desk.snapshot(timeout_s)
         return None if snapshot is None else (snapshot.version, pack(snapshot.params))
 
     def status(self) -> dict[str, Any]:
@@ -143,7 +147,7 @@ class Rank:
 
     def _join(self, rank: int, group: Group, address: str) -> Collective:
         if rank == 0:
-            assert self._host is not None, "rank 0 hosts the group first"
+            assert self._host is not None, "a rank is prepared before it trains"
             return self._host.form(group.layout, group.world, group.token, group.timeout_s)
         if group.kind == "shared_memory":
             return shared.join(
@@ -209,7 +213,6 @@ def unpack(array: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array.copy()).view(dtype)
 
 
-RankActor = ray.remote(
-    max_restarts=0, max_task_retries=0, concurrency_groups={"training": 1, "asking": 4}
-)(Rank)
+# One call trains; the others are answered meanwhile.
+RankActor = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=6)(Rank)
 EvaluatorActor = ray.remote(max_restarts=0, max_task_retries=0)(Evaluator)

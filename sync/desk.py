@@ -6,8 +6,9 @@ The loop looks at the driver's wishes once a step, and lays answers on the desk 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class Position:
 class Part:
     """One rank's share of a run's state; nothing in it is shared with the rank."""
 
+    number: int
+    """The save it answers; 0 if nobody asked."""
     position: Position
     cut: range
     params: Tensor
@@ -60,45 +63,65 @@ class Status:
     """By rank, the seconds all others together have waited for it as the last one."""
 
 
-Answer = TypeVar("Answer", Part, Snapshot)
-
-
 class Desk:
     """One rank's desk. Thread-safe."""
 
     def __init__(self) -> None:
-        self.stop = threading.Event()
-        """The run is to end after this step."""
-        self.save = threading.Event()
-        """Every rank is to lay its `Part` on its desk after this step; set at one rank only."""
+        self.stop = False
+        """Whether the run is to end after this step."""
+        self.save = 0
+        """Number of the latest save: every rank lays its `Part` after this step. Set at one rank;
+        numbers rise, so that an answer that came too late is not taken for the next one."""
         self.show = threading.Event()
         """A `Snapshot` is wanted."""
         self.status = Status()
         """Replaced as a whole after every step."""
         self._changed = threading.Condition()
-        self._laid: dict[type, Any] = {}
+        self._part: Part | None = None
+        self._snapshot: Snapshot | None = None
         self._is_closed = False
 
     def lay(self, answer: Part | Snapshot) -> None:
-        """Leave ``answer`` for whoever takes it; an earlier one nobody took is replaced."""
+        """Leave ``answer`` for whoever wants it, in place of an earlier one."""
         with self._changed:
-            self._laid[type(answer)] = answer
+            if isinstance(answer, Part):
+                self._part = answer
+            else:
+                self._snapshot = answer
             self._changed.notify_all()
 
-    def take(self, kind: type[Answer], timeout_s: float) -> Answer | None:
-        """Wait for an answer of ``kind`` and take it; None if the loop has ended without one.
+    def part(self, number: int, timeout_s: float) -> Part | None:
+        """Wait for the answer to save ``number``; None if the loop has ended without one.
+
+        Raises:
+            TimeoutError: There was none in time.
+        """
+
+        def is_there() -> bool:
+            return self._part is not None and self._part.number == number
+
+        with self._changed:
+            self._wait(is_there, "its state", timeout_s)
+            return self._part if is_there() else None
+
+    def snapshot(self, timeout_s: float) -> Snapshot | None:
+        """Ask for a snapshot and wait for it; None if the loop has ended without one.
 
         Raises:
             TimeoutError: There was none in time.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: kind in self._laid or self._is_closed, timeout_s):
-                raise TimeoutError(f"the rank laid no {kind.__name__} in {timeout_s:.1f} s")
-            answer: Answer | None = self._laid.pop(kind, None)
-            return answer
+            self._snapshot = None
+            self.show.set()
+            self._wait(lambda: self._snapshot is not None, "a snapshot", timeout_s)
+            return self._snapshot
 
     def close(self) -> None:
         """Say that the loop has ended; what has been laid can still be taken."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+
+    def _wait(self, is_there: Callable[[], bool], what: str, timeout_s: float) -> None:
+        if not self._changed.wait_for(lambda: is_there() or self._is_closed, timeout_s):
+            raise TimeoutError(f"the rank did not give {what} within {timeout_s:.1f} s")

@@ -49,7 +49,7 @@ class Report(NamedTuple):
     stop: float = 0.0
     """1 if the run is to end after this step."""
     save: float = 0.0
-    """1 if every rank is to save its state after this step."""
+    """Number of the latest save that is wanted; a new one is made after this step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ class Trainee:
         """
         plan, status = self._plan, Status(self._position, waited_s=(0.0,) * self._collective.world)
         desk.status = status
-        stop = False
+        saved, stop = 0, False
         self._model.train()
         try:
             while (reason := plan.ended(self._position)) is None and not stop:
@@ -155,9 +155,10 @@ class Trainee:
                 status = self._account(outcome, status)
                 desk.status = status
                 stop = any(r.stop for r in outcome.reports)
-                if any(r.save for r in outcome.reports):
-                    desk.save.clear()
-                    desk.lay(self._part())
+                wanted = int(max(r.save for r in outcome.reports))
+                if wanted > saved:
+                    saved = wanted
+                    desk.lay(self._part(saved))
                 if desk.show.is_set():
                     desk.show.clear()
                     desk.lay(Snapshot(self._position.version, self._collective.params.clone()))
@@ -165,6 +166,9 @@ class Trainee:
                     self._compare()
             self._compare()
             return Finished(reason, self._part(), status)
+        except NonFiniteGradientError:
+            desk.lay(self._part())  # all ranks are at the end of the same step: it can be kept
+            raise
         finally:
             desk.close()
 
@@ -190,8 +194,8 @@ class Trainee:
             norm=norm,
             seconds=time.perf_counter() - start,
             bad_layer=bad_layer,
-            stop=desk.stop.is_set(),
-            save=desk.save.is_set(),
+            stop=desk.stop,
+            save=desk.save,
         )
 
     def _account(self, outcome: Outcome, status: Status) -> Status:
@@ -218,11 +222,12 @@ class Trainee:
         loss = sum(r.loss * r.samples for r in reports) / samples
         return Status(self._position, status.loss_sum + loss, status.dropped, tuple(waited_s))
 
-    def _part(self) -> Part:
+    def _part(self, number: int = 0) -> Part:
         """Copy this rank's share of the run's state."""
         cut = self._collective.cut
         scheduler = self._stepper.scheduler
         return Part(
+            number,
             self._position,
             cut,
             self._collective.params[cut.start : cut.stop].clone(),

@@ -11,6 +11,7 @@ import torch
 
 from paramserver.client import Client
 from paramserver.clipping import Clip
+from paramserver.errors import ParamServerError
 from paramserver.layout import Layout
 from paramserver.messages import Kind, Message
 from paramserver.transports.shared_memory import SharedMemoryConnection
@@ -42,21 +43,27 @@ class Servers:
             incarnation=incarnation,
             text=f"{self.token} {self.layout.fingerprint}",
         )
-        connections = [
-            SharedMemoryConnection(
-                self.addresses[shard],
-                shard,
-                len(self.cuts[shard]),
-                hello,
-                dtype=self.layout.dtype,
-                timeout_s=self.timeout_s,
-            )
-            for shard in reversed(range(len(self.addresses)))
-        ]
-        connections.reverse()
+        connections: list[SharedMemoryConnection] = []
+        try:
+            for shard in reversed(range(len(self.addresses))):
+                connections.insert(0, self._connect(shard, hello))
+        except ParamServerError:
+            for connection in connections:
+                connection.close()
+            raise
         clock = connections[0].welcome.clock
         return Client(
             connections, worker=worker, incarnation=incarnation, clock=clock, wait_s=self.wait_s
+        )
+
+    def _connect(self, shard: int, hello: Message) -> SharedMemoryConnection:
+        return SharedMemoryConnection(
+            self.addresses[shard],
+            shard,
+            len(self.cuts[shard]),
+            hello,
+            dtype=self.layout.dtype,
+            timeout_s=self.timeout_s,
         )
 
 

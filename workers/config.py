@@ -10,6 +10,7 @@ from typing import Literal
 
 from paramserver.clipping import Clip
 from paramserver.schedules import Schedule
+from workers.task import is_minimised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,7 @@ class Target:
     def parse(cls, text: str) -> Target:
         """Read ``name=value``, ``name>=value`` or ``name<=value``.
 
-        ``=`` means at most for a name that ends in ``loss`` or ``error``, else at least.
+        ``=`` means at most for a metric that is minimised, else at least.
 
         Raises:
             ValueError: The text has another form.
@@ -119,7 +120,7 @@ class Target:
             raise ValueError(
                 f"until must be like accuracy=0.97 or loss<=0.1, got {text!r}"
             ) from None
-        falls = metric.endswith(("loss", "error"))
+        falls = is_minimised(metric)
         return cls(metric, value, sign == ">=" or (sign == "=" and not falls))
 
     def reached(self, metrics: dict[str, float]) -> bool:

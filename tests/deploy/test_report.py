@@ -5,7 +5,6 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +90,10 @@ def make_async(path: Path, *, workers: int = 4, updates: int = 400, seed: int = 
             "invariants": [{"name": "clocks ahead of the slowest", "bound": 4, "worst": 4}],
             "conservation": law.report(),
             "waits": {
-                f"worker {w} for worker {(w + 1) % workers}": {"count": 3 + w, "seconds": 0.4 / (w + 1)}
+                f"worker {w} for worker {(w + 1) % workers}": {
+                    "count": 3 + w,
+                    "seconds": 0.4 / (w + 1),
+                }
                 for w in range(workers)
             },
             "stopped_because": f"{updates} updates",
@@ -128,3 +130,208 @@ def make_sync(path: Path, *, updates: int = 120) -> RunFolder:
         }
     )
     return folder
+
+
+class Page(HTMLParser):
+    """What a page says, and what it would fetch."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.text, self.num_plots = path, "", 0
+        self.ids: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.num_plots += given.get("role") == "img"
+        if "id" in given:
+            self.ids.append(given["id"])
+        links = [given.get(name, "#") for name in ("src", "href", "xlink:href")]
+        self.fetched += [link for link in links if not link.startswith("#")]
+        if tag in ("script", "link", "iframe"):
+            self.fetched.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if data.strip() else " "
+
+
+@pytest.fixture(scope="module")
+def async_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(write_report([make_async(tmp_path_factory.mktemp("runs") / "run").path]))
+
+
+@pytest.fixture(scope="module")
+def sync_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(write_report([make_sync(tmp_path_factory.mktemp("runs") / "run").path]))
+
+
+def test_a_page_tells_all_of_an_asynchronous_run(async_page: Page) -> None:
+    assert async_page.path.name == "report.html"
+    assert async_page.num_plots == 5
+    for said in (
+        "digits, async, adam:lr=0.001,betas=0.9/0.999",
+        "ssp:bound=4",
+        "400 updates",
+        "2 nonfinite",
+        "worker 1 at 1.2 s",
+        "✓ held: at most 4, worst seen 4",
+        "✓ holds: 1,200 = 1,200",  # 400 updates with 3 other reads in flight
+        "best",
+        "staleness (updates between read and apply)",
+        "worker 3 for worker 0, 6 times",
+        "batch size",
+        "python",
+    ):
+        assert said in async_page.text, said
+
+
+@pytest.mark.parametrize("name", ["async_page", "sync_page"])
+def test_a_page_stands_alone(request: pytest.FixtureRequest, name: str) -> None:
+    page: Page = request.getfixturevalue(name)
+
+    assert page.fetched == []
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_every_colour_is_the_pages_own(tmp_path: Path) -> None:
+    folders = [make_async(tmp_path / str(i), updates=25, seed=i).path for i in range(8)]
+
+    html = write_report(folders).read_text()
+
+    plots = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert set(re.findall(r"(?:stroke|fill): ([^;\"]+)", plots)) <= {
+        "none", "var(--ink)", "var(--muted)", "var(--grid)", *(f"var(--c{i})" for i in range(6))
+    }  # fmt: skip
+    for name in set(re.findall(r"var\((--\w+)\)", html)):
+        assert html.count(f"{name}: #") == 2, f"{name} needs a light and a dark colour"
+
+
+def test_the_same_record_gives_the_same_page(tmp_path: Path) -> None:
+    folder = make_async(tmp_path / "run", updates=25)
+
+    pages = [write_report([folder.path], tmp_path / f"{i}.html").read_bytes() for i in range(2)]
+
+    assert pages[0] == pages[1]
+
+
+def test_a_synchronous_run_has_no_staleness_and_the_page_says_so(sync_page: Page) -> None:
+    assert sync_page.num_plots == 2
+    assert "Staleness over time is not shown: the record has no applied pushes" in sync_page.text
+    assert "Waits are not shown" in sync_page.text
+    assert "mean staleness" not in sync_page.text
+
+
+def test_a_killed_run_is_shown_up_to_where_it_got(tmp_path: Path) -> None:
+    folder = make_async(tmp_path / "run", updates=100)
+    folder.result.unlink()
+
+    page = Page(write_report([folder.path]))
+
+    assert "the record has no result: the run still goes, or was killed" in page.text
+    assert "updates100" in page.text
+    assert page.num_plots == 4  # staleness is counted from the ledger
+    assert "Versions" not in page.text
+
+
+def test_a_run_that_was_killed_at_once_has_a_page(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "digits-async")
+    folder.write_config(make_config())
+
+    page = Page(write_report([folder.path]))
+
+    assert page.num_plots == 0
+    assert "No metrics were logged." in page.text
+
+
+def test_losses_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
+    folder = make_sync(tmp_path / "run")
+    at = {"gradients": 300, "updates": 150, "seconds": 9.0}
+    folder.log({"kind": "train", **at, "loss": math.nan})
+    folder.log({"kind": "test", **at, "loss": math.inf, "accuracy": 0.1})
+
+    page = Page(write_report([folder.path]))
+
+    assert "2 values were not finite and leave gaps." in page.text
+
+
+def test_a_broken_invariant_stands_out(tmp_path: Path) -> None:
+    folder = make_sync(tmp_path / "run")
+    folder.write_result(
+        {
+            "config": make_config(),
+            "final": {"loss": math.nan},
+            "invariants": [{"name": "staleness", "bound": 4, "worst": 7}],
+            "conservation": {"left": 12, "right": 13, "holds": False},
+            "stopped_because": "error: <staleness> must be at most 4",
+        }
+    )
+
+    page = Page(write_report([folder.path]))
+
+    assert "✗ broken: at most 4, worst seen 7" in page.text
+    assert "✗ broken: 12 ≠ 13" in page.text
+    assert "not finite" in page.text
+    assert "error: <staleness> must be at most 4" in page.text
+
+
+def test_many_workers_are_summed_up(tmp_path: Path) -> None:
+    folder = make_async(tmp_path / "run", workers=40, updates=400)
+
+    page = Page(write_report([folder.path]))
+
+    assert "The line is the mean of 40 workers, the band their means' range." in page.text
+    assert "and 24 more workers, listed in result.json." in page.text
+    assert "24 others" in page.text
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    folders = [
+        make_async(tmp_path / "a", updates=100).path,
+        make_async(tmp_path / "b", updates=100, workers=2, seed=7).path,
+        make_sync(tmp_path / "c").path,
+    ]
+
+    path = write_report(folders)
+
+    page = Page(path)
+    assert path == tmp_path / "report.html"
+    assert page.num_plots == 3
+    assert page.fetched == []
+    assert len(page.ids) == len(set(page.ids))
+    for said in ("3 runs side by side", "test accuracy", "No staleness in the record of c."):
+        assert said in page.text, said
+    differing = page.text.partition("What differs in the configuration")[2]
+    for said in ("seed", "mode", "workers", "ssp:bound=4"):
+        assert said in differing, said
+    assert "batch size" not in differing
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [make_sync(tmp_path / name / "run").path for name in ("a", "b")]
+
+    page = Page(write_report(folders, tmp_path / "both.html"))
+
+    assert str(folders[0]) in page.text
+    assert str(folders[1]) in page.text
+    assert "The configurations are the same." in page.text
+
+
+def test_a_page_goes_where_it_is_told(tmp_path: Path) -> None:
+    folder = make_sync(tmp_path / "run")
+
+    path = write_report([folder.path], tmp_path / "page.html")
+
+    assert path == tmp_path / "page.html"
+    assert path.exists()
+    assert not folder.report.exists()
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^a report needs the folder of at least one run$"):
+        write_report([])
+    with pytest.raises(RecordError, match=r"is not the record of a run"):
+        write_report([tmp_path])
+    folder = make_sync(tmp_path / "run").path
+    with pytest.raises(RecordError, match=r"^cannot write the report .*nowhere"):
+        write_report([folder], tmp_path / "nowhere" / "page.html")

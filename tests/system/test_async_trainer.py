@@ -23,8 +23,9 @@ from paramserver.errors import (
     TaskError,
 )
 from paramserver.ledger import Ledger
-from paramserver.optimizers import SGD, Adam, Momentum, Optimizer
+from paramserver.optimizers import OPTIMIZERS, SGD, Adam, Momentum, Optimizer
 from paramserver.recount import recount
+from paramserver.schedules import CosineOnce
 from tests.support.processes import kill_and_wait, titled
 from workers.config import RunConfig
 from workers.task import Data, Task, TensorExamples
@@ -38,7 +39,7 @@ def quadratic_run(
 ) -> Callable[..., AsyncTrainer]:
     def make(**trainer: Any) -> AsyncTrainer:
         values = {"workers": 2, "updates": 300, "evaluate_every_s": 0, "out": out, **config}
-        return AsyncTrainer(task("quadratic:noise=0"), optimizer, RunConfig(**values), **trainer)
+        return AsyncTrainer(task("quadratic:noise=0,dim=256"), optimizer, RunConfig(**values), **trainer)
 
     return make
 
@@ -66,6 +67,27 @@ def test_a_quadratic_reaches_its_optimum(tmp_path: Path, shards: int, rule: Any)
 
     assert result.metrics["distance"] < 1e-4
     assert result.record["updates"] == 1500
+
+
+RATES = {
+    "sgd": 0.3, "momentum": 0.02, "nesterov": 0.02, "adagrad": 0.3,
+    "adadelta": 1.0, "adam": 0.02, "adamw": 0.02, "rmsprop": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", sorted(RATES))
+def test_every_rule_approaches_the_optimum(tmp_path: Path, name: str, shards: int) -> None:
+    decay = {"weight_decay": 0.0} if name == "adamw" else {}
+    optimizer = OPTIMIZERS.build({"name": name, "lr": RATES[name], **decay})
+    run = quadratic_run(
+        tmp_path / "run", optimizer, updates=6000, schedule=CosineOnce(updates=6000)
+    )
+
+    result = run(shards=shards).fit()
+
+    assert result.metrics["distance"] < 1e-2
 
 
 def test_a_killed_worker_is_replaced_and_every_push_is_applied_once(tmp_path: Path) -> None:
