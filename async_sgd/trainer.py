@@ -95,17 +95,11 @@ class AsyncTrainer:
         self.damping, self.shards = damping, shards
         self.progress = progress
         clip = self.config.clip
-        gathers = self.rule.build(self.config.workers).gathers
-        if (
-            clip is not None
-            and clip.where == "reduced"
-            and clip.norm_needed
-            and gathers
-            and shards > 1
-        ):
+        clips_mean = clip is not None and clip.where == "reduced" and clip.norm_needed
+        if clips_mean and shards > 1 and self.rule.build(self.config.workers).gathers:
             raise ValueError(
-                "clipping an averaged gradient by its norm needs the norm over all shards, which no "
-                "shard has: clip with where=worker, or use 1 shard"
+                "clipping an averaged gradient by its norm needs the norm over all shards, which "
+                "no shard has: clip with where=worker, or use 1 shard"
             )
 
     def fit(self) -> Result:
@@ -131,7 +125,8 @@ class AsyncTrainer:
         )
         if start.optimizer != self.optimizer_description():
             raise CheckpointError(
-                f"{run.folder.path} was trained with {start.optimizer}, not {self.optimizer_description()}"
+                f"{run.folder.path} was trained with {start.optimizer}, not "
+                f"{self.optimizer_description()}"
             )
         with ray_session(self.config.address, self.config.workers + self.shards + 1):
             fleet = _Fleet(self, layout, cuts, start, num_train, run)
@@ -335,10 +330,21 @@ class _Fleet:
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, ServerLostError | ServerTimeoutError):
-                cause = self._status()["error"] or cause  # the shard knows better what happened
+                cause = self._why_lost() or cause
             self._fail(cause)
         else:
             assert finished.reason
+
+    def _why_lost(self) -> BaseException | None:
+        """Ask the shards what happened to the one that workers lost; it knows better than they."""
+        for index, shard in enumerate(self._shards):
+            try:
+                failure = self._get([shard.failure.remote()], f"asking shard {index}")[0]
+            except RunFailedError as error:
+                return error
+            if failure is not None:
+                return RunFailedError(f"shard {index} failed: {failure}")
+        return None
 
     def _status(self) -> dict[str, Any]:
         status: dict[str, Any] = self._get([self._shards[0].status.remote()], "asking shard 0")[0]

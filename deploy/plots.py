@@ -76,26 +76,26 @@ _WIDTH = 10.6
 """Inches; text keeps its size on a page about 760 points wide."""
 
 
+Columns = Mapping[str, NDArray[Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line of a plot: a key of the lines of a metrics.jsonl."""
+    """One line of a plot."""
 
     label: str
     colour: int
     """Number of the series' colour."""
-    lines: Sequence[Mapping[str, Any]]
+    columns: Columns
+    """The axes and ``key``, a value for each point; NaN leaves a gap."""
     key: str
 
     def points(self, axis: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return the values of ``axis`` and of the key, null as NaN; long lines as local means."""
-        rows = [(line[axis], line[self.key]) for line in self.lines if self.key in line]
-        points = np.array(rows, dtype=float).reshape(-1, 2)
-        group = -(-len(points) // MAX_POINTS)
-        if group > 1:
-            starts = np.arange(0, len(points), group)
-            sizes = np.diff([*starts, len(points)])
-            points = np.add.reduceat(points, starts) / sizes[:, None]
-        return points[:, 0], points[:, 1]
+        """Return what is drawn along ``axis``, for long columns the means of neighbours."""
+        x, y = self.columns[axis], self.columns[self.key]
+        starts = np.arange(0, len(x), -(-len(x) // MAX_POINTS) or 1)
+        sizes = np.diff([*starts, len(x)])
+        return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
 def progress(name: str, rows: Mapping[str, Sequence[Series]]) -> str:
@@ -107,7 +107,7 @@ def progress(name: str, rows: Mapping[str, Sequence[Series]]) -> str:
             for panel, axis in zip(panels, AXES, strict=True):
                 for series in row:
                     x, y = series.points(axis)
-                    few = {"marker": "o", "markersize": 2.6} if len(x) <= 30 else {}
+                    few = {"marker": "o", "markersize": 3.0} if len(x) <= 30 else {}
                     panel.plot(x, y, **_line(series.colour), **few)
                 _tidy(panel)
             spans = _decades([y for series in row for y in series.points("updates")[1]])
@@ -145,23 +145,26 @@ def histogram(name: str, counts: Sequence[tuple[int, Mapping[int, int]]]) -> str
         return _svg(figure, name, "histogram of staleness")
 
 
-def staleness_over_time(name: str, updates: Mapping[str, NDArray[Any]], workers: list[int]) -> str:
-    """Draw the mean staleness of each worker's applied pushes over time.
+def staleness_over_time(name: str, pushes: Columns, workers: Sequence[int]) -> str:
+    """Draw the mean staleness of each worker over time.
 
     More workers than there are colours are drawn as the mean of all and the range of their means.
+
+    Args:
+        name: Starts the ids in the plot.
+        pushes: ``seconds``, ``worker`` and ``staleness`` of applied pushes, one or more.
+        workers: Those among ``pushes``.
     """
-    applied = updates["dropped"] == 0
-    end, worker = updates["end"][applied], updates["worker"][applied]
-    staleness = updates["staleness"][applied].astype(float)
-    num_bins = int(np.clip(len(end) / (8 * max(len(workers), 1)), 4, 60))
-    edges = np.linspace(end.min(), max(end.max(), end.min() + 1e-9), num_bins + 1)
+    seconds, worker, staleness = (pushes[key] for key in ("seconds", "worker", "staleness"))
+    num_bins = int(np.clip(len(seconds) / (8 * len(workers)), 4, 60))
+    edges = np.linspace(0, max(seconds.max(), 1e-9), num_bins + 1)
     centres = (edges[:-1] + edges[1:]) / 2
-    bins = np.clip(np.searchsorted(edges, end, side="right") - 1, 0, num_bins - 1)
+    bins = np.clip(np.searchsorted(edges, seconds, side="right") - 1, 0, num_bins - 1)
 
     def mean(mask: NDArray[Any]) -> NDArray[Any]:
-        pushes = np.bincount(bins[mask], minlength=num_bins)
+        count = np.bincount(bins[mask], minlength=num_bins)
         total = np.bincount(bins[mask], staleness[mask], minlength=num_bins)
-        return np.where(pushes > 0, total / np.maximum(pushes, 1), np.nan)
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     means = {w: mean(worker == w) for w in workers}
     with mpl.rc_context(_STYLE):
@@ -175,7 +178,7 @@ def staleness_over_time(name: str, updates: Mapping[str, NDArray[Any]], workers:
             low, high = table.min(axis=0), table.max(axis=0)
             colour = _line(0)["color"]
             panel.fill_between(centres, low, high, color=colour, alpha=0.2, linewidth=0)
-            panel.plot(centres, mean(np.ones(len(end), bool)), **_line(0))
+            panel.plot(centres, mean(np.ones(len(seconds), bool)), **_line(0))
         panel.set_xlabel(AXES["seconds"])
         panel.set_title("mean staleness (updates)")
         panel.set_ylim(bottom=0)
@@ -183,15 +186,15 @@ def staleness_over_time(name: str, updates: Mapping[str, NDArray[Any]], workers:
         return _svg(figure, name, "staleness of each worker over time")
 
 
-def throughput(name: str, rates: Sequence[tuple[int, Sequence[Mapping[str, Any]], str]]) -> str:
-    """Draw how fast a count grew, for ``(colour, lines of metrics.jsonl, count)`` each."""
+def throughput(name: str, rates: Sequence[tuple[int, Columns, str]]) -> str:
+    """Draw how fast a count grew, for ``(colour, columns, key of the count)`` each."""
     with mpl.rc_context(_STYLE):
         figure, panel = _single(2.4)
-        for colour, lines, key in rates:
-            rows = sorted((line["seconds"], line[key]) for line in lines)
-            seconds, counts = np.array([(0.0, 0.0), *rows]).T
+        for colour, columns, key in rates:
+            seconds = np.concatenate([[0.0], columns["seconds"]])
+            counts = np.concatenate([[0.0], columns[key]])
             if seconds[-1] > 0:
-                edges = np.linspace(0, seconds[-1], min(60, max(2, len(rows) // 2)) + 1)
+                edges = np.linspace(0, seconds[-1], min(60, max(2, len(seconds) // 4)) + 1)
                 grown = np.diff(np.interp(edges, seconds, counts)) / np.diff(edges)
                 panel.stairs(grown, edges, baseline=None, **_line(colour))
         panel.set_xlabel(AXES["seconds"])

@@ -6,17 +6,16 @@ as staleness in a synchronous run, is left out, and the page says so.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy import page, plots
+import numpy as np
+
+from deploy import curves, page, plots
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
 from paramserver.record import Record, RunFolder, read_record
-
-_NOT_METRICS = {"kind", "gradients", "updates", "seconds", "version"}
 
 _MAX_ROWS = 16
 """Workers or causes of waiting that are listed; more are summed up."""
@@ -59,7 +58,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 def _one(record: Record) -> str:
     about = _facts(record)
     found = _result(record).get("versions")
-    title = ", ".join(about[key] for key in ("task", "mode", "optimizer") if key in about)
+    names = (about.get(key, "").partition(":")[0] for key in ("task", "mode", "optimizer"))
+    title = ", ".join(filter(None, names))
     return page.page(
         title or record.path.name,
         f"{record.path.name}: {about['stopped because']}",
@@ -82,8 +82,8 @@ def _several(records: Sequence[Record]) -> str:
     legend = [(name, colour) for colour, name in enumerate(names)]
     rows: dict[str, list[plots.Series]] = {}
     for (name, colour), record in zip(legend, records, strict=True):
-        for label, lines, key in _curves(record):
-            rows.setdefault(label, []).append(plots.Series(name, colour, lines, key))
+        for label, columns, key in curves.curves(record):
+            rows.setdefault(label, []).append(plots.Series(name, colour, columns, key))
     training = [page.note("No run has logged any metrics.")]
     if rows:
         svg = plots.progress("training", rows)
@@ -163,48 +163,37 @@ def _headline(record: Record) -> Iterator[tuple[str, str, str]]:
         yield "mean staleness", _value(s["mean"]), f"p95 {s['p95']}, largest {s['max']}"
 
 
-def _curves(record: Record) -> Iterator[tuple[str, list[dict[str, Any]], str]]:
-    """Yield label, lines and key of each curve in the metrics."""
-    train = [line for line in record.metrics if line.get("kind") == "train"]
-    test = [line for line in record.metrics if line.get("kind") == "test"]
-    if any("loss" in line for line in train):
-        yield "train loss", train, "loss"
-    names = dict.fromkeys(name for line in test for name in line if name not in _NOT_METRICS)
-    for name in sorted(names, key=lambda name: name != "loss"):
-        yield f"test {name}", test, name
-
-
 def _training(record: Record) -> Iterator[str]:
     rows: dict[str, list[plots.Series]] = {}
-    for label, lines, key in _curves(record):
-        of_train = label.startswith("train")
-        rows.setdefault(key, []).append(plots.Series(label, int(not of_train), lines, key))
+    legend: dict[str, int] = {}
+    for label, columns, key in curves.curves(record):
+        name = label.split()[0]
+        colour = legend.setdefault(name, {"train": 0, "test": 1}[name])
+        rows.setdefault(key, []).append(plots.Series(name, colour, columns, key))
     if not rows:
         yield page.note("No metrics were logged.")
         return
-    legend = {s.label.split()[0]: s.colour for row in rows.values() for s in row}
     svg = plots.progress("training", rows)
     yield page.figure(svg, "Progress", _PROGRESS, list(legend.items()))
-    values = [line.get(s.key, 0) for row in rows.values() for s in row for line in s.lines]
-    lost = values.count(None)
+    lost = sum(int(np.isnan(s.columns[s.key]).sum()) for row in rows.values() for s in row)
     if lost:
         yield page.note(f"{lost} values were not finite and leave gaps.")
 
 
 def _staleness(record: Record) -> Iterator[str]:
-    counts = _counts(record)
+    counts = curves.staleness_counts(record)
     if counts:
         svg = plots.histogram("histogram", [(0, counts)])
         yield page.figure(svg, "How stale gradients were", "Applied pushes, all workers.")
-    updates = record.updates
-    if updates is None or not (updates["dropped"] == 0).any():
+    pushes = curves.applied_pushes(record)
+    if pushes is None:
         yield page.note(
             "Staleness over time is not shown: the record has no applied pushes. A synchronous run "
             "has none, and a run that was killed has those up to its last checkpoint."
         )
         return
-    workers = sorted(set(updates["worker"].tolist()))
-    svg = plots.staleness_over_time("over-time", updates, workers)
+    workers = sorted(set(pushes["worker"].tolist()))
+    svg = plots.staleness_over_time("over-time", pushes, workers)
     if len(workers) <= plots.NUM_COLOURS:
         legend = [(f"worker {worker}", colour) for colour, worker in enumerate(workers)]
         yield page.figure(svg, "Staleness of each worker over time", legend=legend)
@@ -225,13 +214,12 @@ def _staleness(record: Record) -> Iterator[str]:
 
 
 def _speed(record: Record) -> Iterator[str]:
-    lines = record.metrics
-    if lines:
-        keys = ["gradients", "updates"]
-        if all(line["gradients"] == line["updates"] for line in lines):
-            keys = ["gradients"]
-        svg = plots.throughput("throughput", [(i, lines, key) for i, key in enumerate(keys)])
-        names = ["each gradient is an update"] if len(keys) == 1 else keys
+    counters = curves.counters(record)
+    if counters is not None:
+        same = np.array_equal(counters["gradients"], counters["updates"])
+        keys = ["gradients"] if same else ["gradients", "updates"]
+        svg = plots.throughput("throughput", [(i, counters, key) for i, key in enumerate(keys)])
+        names = ["each gradient is an update"] if same else keys
         legend = [(name, colour) for colour, name in enumerate(names)]
         yield page.figure(svg, "Throughput over time", legend=legend)
     waits = _result(record).get("waits")
@@ -262,7 +250,7 @@ def _side_by_side(columns: Sequence[Mapping[str, str]]) -> Iterator[list[str]]:
 
 
 def _histograms(records: Sequence[Record], legend: Sequence[tuple[str, int]]) -> Iterator[str]:
-    counts = [_counts(record) for record in records]
+    counts = [curves.staleness_counts(record) for record in records]
     shown = [(entry, of) for entry, of in zip(legend, counts, strict=True) if of]
     if shown:
         svg = plots.histogram("histogram", [(colour, of) for (_, colour), of in shown])
@@ -274,10 +262,11 @@ def _histograms(records: Sequence[Record], legend: Sequence[tuple[str, int]]) ->
 
 
 def _rates(records: Sequence[Record], legend: Sequence[tuple[str, int]]) -> Iterator[str]:
+    counters = [curves.counters(record) for record in records]
     rates = [
-        (colour, record.metrics, "gradients")
-        for (_, colour), record in zip(legend, records, strict=True)
-        if record.metrics
+        (colour, columns, "gradients")
+        for (_, colour), columns in zip(legend, counters, strict=True)
+        if columns is not None
     ]
     if rates:
         svg = plots.throughput("throughput", rates)
@@ -293,19 +282,8 @@ def _differences(records: Sequence[Record], names: Sequence[str]) -> Iterator[st
         yield page.note("The configurations are the same.")
 
 
-def _counts(record: Record) -> dict[int, int]:
-    """Return applied pushes by staleness, from the ledger if the run was killed."""
-    said = _result(record).get("staleness")
-    if said is not None:
-        return {int(value): pushes for value, pushes in said["histogram"].items()}
-    if record.updates is None:
-        return {}
-    applied = record.updates["staleness"][record.updates["dropped"] == 0]
-    return dict(Counter(applied.tolist()))
-
-
 def _metrics(values: Mapping[str, Any]) -> str:
-    said = ", ".join(f"{k} {_figure(v)}" for k, v in values.items() if k not in _NOT_METRICS)
+    said = ", ".join(f"{k} {_figure(v)}" for k, v in values.items() if k not in curves.NOT_METRICS)
     at = [f"version {values['version']:,}"] if "version" in values else []
     at += [f"{values['seconds']:,.1f} s"] if "seconds" in values else []
     return f"{said} (at {', '.join(at)})" if at else said

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from rich.console import Console
 
@@ -64,6 +64,9 @@ class TrainFlags(RunConfig):
     task: TaskSpec = _DEFAULT_TASK
     """What is trained: one of `paramserver list tasks`, or your own ``package.module:factory``."""
 
+    data_dir: Path | None = None
+    """Folder that holds the task's data; the same as the task's own key ``data_dir``."""
+
     optimizer: Optimizer = _DEFAULT_OPTIMIZER
     """One of `paramserver list optimizers`."""
 
@@ -92,8 +95,17 @@ class TrainFlags(RunConfig):
         for name, mode in _ONLY_IN.items():
             if getattr(self, name) is not None and self.mode != mode:
                 raise ValueError(f"{name} is for mode {mode} only, and this run's is {self.mode}")
+        if self.data_dir is not None and not hasattr(self.task, "data_dir"):
+            raise ValueError(f"task {TASKS.name_of(self.task)} has no data folder to name")
         if self.shards is not None and self.shards < 1:
             raise ValueError(f"shards must be 1 or more, got {self.shards}")
+
+    def task_spec(self) -> TaskSpec:
+        """Return the task, reading from ``data_dir`` if that is given."""
+        if self.data_dir is None:
+            return self.task
+        folder = str(self.data_dir.resolve())  # workers may run in another folder
+        return dataclasses.replace(cast(Any, self.task), data_dir=folder)
 
     def run_config(self) -> RunConfig:
         """Return what both trainers take; a run without an end gets a number of epochs."""
@@ -127,7 +139,7 @@ def run(argv: Sequence[str]) -> int:
         "  paramserver train --task mymodule:my_task --config run.toml",
     )
     flags = Flags(TrainFlags, _PLUGINS).parse(argv, parser)
-    config, what = flags.run_config(), task(flags.task)
+    config, what = flags.run_config(), task(flags.task_spec())
     starting = (
         f"{flags.mode} training of {spell(TASKS, flags.task)} with "
         f"{spell(OPTIMIZERS, flags.optimizer)}: starting {config.workers} "

@@ -1,7 +1,7 @@
 """A shard's process: the data plane on a thread, and the control plane as actor methods.
 
-Workers never call these methods; their pushes go through the transport. The driver does, a few times
-a second at most: create, lead, look, save, stop.
+Workers never call these methods; their pushes go through the transport. The driver does, a few
+times a second at most: create, lead, look, save, stop.
 """
 
 from __future__ import annotations
@@ -137,9 +137,14 @@ class ShardServer:
                 "waiting": {w: (sorted(o), t) for w, (o, t) in s.waiting(self._host.now()).items()},
                 "dropped": s.ledger.drop_reasons(),
                 "ended": s.ended,
-                "error": s.error if self._host.failure is None else self._host.failure,
+                "error": s.error,
                 **recent,
             }
+
+    def failure(self) -> str | None:
+        """Return what ended this shard's serving thread, or None while it serves."""
+        error = self._host.failure
+        return None if error is None else f"{type(error).__name__}: {error}"
 
     def save(self) -> tuple[Saved, Progress, Ledger]:
         """Make every shard save itself at one version; return this one's part and the ledger."""

@@ -13,6 +13,7 @@ elementwise rule leaves at zero.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -64,7 +65,9 @@ class Layout:
         """
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
-            raise LayoutError("the model has no trainable parameter (requires_grad is False on all)")
+            raise LayoutError(
+                "the model has no trainable parameter (requires_grad is False on all)"
+            )
         by_dtype: dict[torch.dtype, list[str]] = {}
         for name, parameter in named:
             by_dtype.setdefault(parameter.dtype, []).append(name)
@@ -95,7 +98,9 @@ class Layout:
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits; equal only for equal names, shapes, order and dtype."""
-        text = json.dumps([[s.name, s.offset, list(s.shape)] for s in self.slots] + [str(self.dtype)])
+        text = json.dumps(
+            [[s.name, s.offset, list(s.shape)] for s in self.slots] + [str(self.dtype)]
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def cuts(self, num_shards: int) -> tuple[range, ...]:
@@ -111,11 +116,11 @@ class Layout:
                 f"holds at least {BLOCK} elements), got {num_shards}"
             )
         edges = [blocks * i // num_shards * BLOCK for i in range(num_shards + 1)]
-        return tuple(range(a, b) for a, b in zip(edges, edges[1:], strict=False))
+        return tuple(range(a, b) for a, b in itertools.pairwise(edges))
 
     def flatten(self, model: nn.Module, out: Tensor | None = None) -> Tensor:
         """Copy the parameters of ``model`` into a flat vector, shape ``(numel,)``; padding is 0."""
-        flat = torch.zeros(self.numel, dtype=self.dtype) if out is None else out
+        flat = torch.zeros(self.numel, dtype=self.dtype) if out is None else out.zero_()
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for slot in self.slots:
@@ -127,7 +132,8 @@ class Layout:
         """Return one view of ``flat``, shape ``(numel,)``, for every parameter."""
         if flat.shape != (self.numel,) or flat.dtype != self.dtype:
             raise LayoutError(
-                f"expected a vector of {self.numel} {self.dtype}, got {tuple(flat.shape)} {flat.dtype}"
+                f"expected a vector of {self.numel} {self.dtype}, got {tuple(flat.shape)} "
+                f"{flat.dtype}"
             )
         return [flat[s.offset : s.end].view(s.shape) for s in self.slots]
 

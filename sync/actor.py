@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,10 +40,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a group begins."""
+    """Where a group begins, beside the parameters there."""
 
     position: Position
     state: OptimizerState | None
+    """None before the first update."""
 
 
 class Rank:
@@ -54,6 +54,8 @@ class Rank:
         """Load the data."""
         keep_freed_memory()
         torch.set_num_threads(threads)
+        # The first optimizer of a process imports torch's compiler: 1.5 s, which are not training.
+        torch.optim.SGD([torch.zeros(1)])
         self._task, self._seed = task, seed
         self._examples = build_data(task).train
         self._host: shared.Host | gloo.Host | None = None
@@ -61,9 +63,9 @@ class Rank:
         self._desk = Desk()
         self._told = self._desk.status
 
-    def whereabouts(self) -> tuple[str, int]:
-        """Return the id of this process's node, and its own; it is ready then."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+    def node(self) -> str:
+        """Return the id of the node this process is on; it is ready then."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def prepare(self, rank: int, group: Group) -> str:
         """Get ready to be ``rank`` of a new group; rank 0 returns the address to meet at."""
@@ -133,17 +135,11 @@ class Rank:
         updates = now.position.version - before.position.version
         collective = self._collective
         peers, since = ((), 0.0) if collective is None else collective.waits
-        status = {
-            "updates": now.position.version,
-            "gradients": now.position.gradients,
-            "samples": now.position.samples,
-            "clock": now.position.clock,
-            "dropped": {"nonfinite": now.dropped} if now.dropped else {},
-            "waiting": {0: (list(peers), time.monotonic() - since)} if peers else {},
-        }
+        figures = now.figures()
+        figures["waiting"] = {0: (list(peers), time.monotonic() - since)} if peers else {}
         if updates > 0:
-            status["loss"] = (now.loss_sum - before.loss_sum) / updates
-        return status
+            figures["loss"] = (now.loss_sum - before.loss_sum) / updates
+        return figures
 
     def _join(self, rank: int, group: Group, address: str) -> Collective:
         if rank == 0:
@@ -213,6 +209,5 @@ def unpack(array: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array.copy()).view(dtype)
 
 
-# One call trains; the others are answered meanwhile.
-RankActor = ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=6)(Rank)
+RankActor = ray.remote(max_restarts=0, max_task_retries=0)(Rank)
 EvaluatorActor = ray.remote(max_restarts=0, max_task_retries=0)(Evaluator)

@@ -62,6 +62,16 @@ class Status:
     waited_s: tuple[float, ...] = ()
     """By rank, the seconds all others together have waited for it as the last one."""
 
+    def figures(self) -> dict[str, Any]:
+        """Return what is shown and recorded of a run."""
+        return {
+            "updates": self.position.version,
+            "gradients": self.position.gradients,
+            "samples": self.position.samples,
+            "clock": self.position.clock,
+            "dropped": {"nonfinite": self.dropped} if self.dropped else {},
+        }
+
 
 class Desk:
     """One rank's desk. Thread-safe."""

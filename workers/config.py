@@ -91,7 +91,9 @@ class RunConfig:
         if self.until is not None:
             Target.parse(self.until)
         if self.out is not None and self.resume is not None:
-            raise ValueError("a resumed run continues in its own folder: give out or resume, not both")
+            raise ValueError(
+                "a resumed run continues in its own folder: give out or resume, not both"
+            )
 
 
 @dataclass(frozen=True, slots=True)

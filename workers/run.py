@@ -59,6 +59,7 @@ class Run:
         if config.resume is not None:
             folder = RunFolder.reopen(config.resume)
             resumed = load_checkpoint(folder.checkpoint, layout)
+            folder.rewind(resumed.version)
             return cls(task, config, described, folder, resumed)
         folder = RunFolder.create(config.out, f"{task.name}-{described['mode']}")
         run = cls(task, config, described, folder, None)
@@ -68,7 +69,9 @@ class Run:
     def configuration(self) -> dict[str, Any]:
         """Return everything the run was asked for."""
         config = {name: getattr(self._config, name) for name in self._config.__dataclass_fields__}
-        plain = {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in config.items()}
+        plain = {
+            k: v if isinstance(v, int | float | str | None) else str(v) for k, v in config.items()
+        }
         return {"task": self._task.name, **plain, **self._described}
 
     def started(self) -> None:
@@ -128,7 +131,15 @@ class Run:
         self._counts = (status["updates"], now)
         if progress is not None:
             test = {f"test_{name}": value for name, value in self._final.items()}
-            progress({**status, **figures, **test, "seconds": self.seconds, "failures": self.num_failures})
+            progress(
+                {
+                    **status,
+                    **figures,
+                    **test,
+                    "seconds": self.seconds,
+                    "failures": self.num_failures,
+                }
+            )
 
     def failed(self, what: str) -> int:
         """Count the loss of a process; return how many were lost."""
@@ -140,9 +151,9 @@ class Run:
     def save(self, checkpoint: Checkpoint, ledger: Ledger | None = None) -> None:
         """Write a checkpoint, and the ledger up to it."""
         checkpoint.extra.update(seconds=self.seconds, best=self._best)
-        save_checkpoint(self.folder.checkpoint, checkpoint)
         if ledger is not None:
-            ledger.save(self.folder.updates)
+            ledger.save(self.folder.updates)  # first: a ledger may be ahead of its checkpoint
+        save_checkpoint(self.folder.checkpoint, checkpoint)
 
     def finish(self, reason: str, status: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Write the record's result."""

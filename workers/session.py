@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from paramserver.errors import ResourceError
+
+_CONNECT_S = 5.0
+"""Seconds a cluster's address has to take a connection."""
 
 
 @contextmanager
@@ -40,6 +44,8 @@ def _start(address: str | None, num_processes: int) -> None:
     # Ray's token for a cluster of one's own is welcome; a line about it at every start is not.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns where it is unset
+    if address is not None:
+        _check_reachable(address)
     try:
         if address is None:
             # One CPU a process, so that Ray starts them all at once; threads are set by the run.
@@ -56,11 +62,20 @@ def _start(address: str | None, num_processes: int) -> None:
         where = "on this machine" if address is None else f"at {address}"
         first_line = str(error).strip().partition("\n")[0]
         raise ResourceError(
-            f"no Ray {where}: {first_line} (start one with `ray start --head`, or leave address out)"
+            f"no Ray {where}: {first_line} (start one with `ray start --head`, or leave address "
+            "out)"
         ) from error
 
 
-def kill(actors: Mapping[Any, Any]) -> None:
-    """End actors at once, whatever they do."""
-    for actor in actors.values():
-        ray.kill(actor)
+def _check_reachable(address: str) -> None:
+    """Raise ResourceError if nobody listens at ``address``: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" and the like, which Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray at {address}: {error.strerror or error} (start one with `ray start --head`, "
+            "or leave address out)"
+        ) from error

@@ -170,7 +170,8 @@ def test_a_page_tells_all_of_an_asynchronous_run(async_page: Page) -> None:
     assert async_page.path.name == "report.html"
     assert async_page.num_plots == 5
     for said in (
-        "digits, async, adam:lr=0.001,betas=0.9/0.999",
+        "digits, async, adam",
+        "adam:lr=0.001,betas=0.9/0.999",
         "ssp:bound=4",
         "400 updates",
         "2 nonfinite",

@@ -34,12 +34,12 @@ from workers.tasks import task
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
 
 
-def quadratic_run(
-    out: Path, optimizer: Optimizer, **config: Any
-) -> Callable[..., AsyncTrainer]:
+def quadratic_run(out: Path, optimizer: Optimizer, **config: Any) -> Callable[..., AsyncTrainer]:
     def make(**trainer: Any) -> AsyncTrainer:
         values = {"workers": 2, "updates": 300, "evaluate_every_s": 0, "out": out, **config}
-        return AsyncTrainer(task("quadratic:noise=0,dim=256"), optimizer, RunConfig(**values), **trainer)
+        return AsyncTrainer(
+            task("quadratic:noise=0,dim=256"), optimizer, RunConfig(**values), **trainer
+        )
 
     return make
 
