@@ -446,6 +446,6 @@ class _Fleet:
         wanted, there = self._config.workers, ray.cluster_resources().get("CPU", 0)
         if wanted > there:
             raise ResourceError(
-                f"{wanted} workers need {wanted} CPUs and the cluster at {self._config.address} has "
-                f"{there:g}: use fewer workers or add nodes"
+                f"{wanted} workers need {wanted} CPUs and the cluster at {self._config.address} "
+                f"has {there:g}: use fewer workers or add nodes"
             )

@@ -213,6 +213,11 @@ def _staleness(record: Record) -> Iterator[str]:
         yield page.note(f"and {len(per_worker) - _MAX_ROWS} more workers, listed in result.json.")
 
 
+def _wait_label(who: str, wait: Mapping[str, Any]) -> str:
+    """Name a wait; a synchronous run does not count its waits, every step has one."""
+    return f"{who}, {wait['count']:,} times" if "count" in wait else who
+
+
 def _speed(record: Record) -> Iterator[str]:
     counters = curves.counters(record)
     if counters is not None:
@@ -229,7 +234,7 @@ def _speed(record: Record) -> Iterator[str]:
         yield page.note("No worker waited for another.")
     else:
         longest = sorted(waits.items(), key=lambda item: -item[1]["seconds"])
-        bars = {f"{who}, {w['count']:,} times": w["seconds"] for who, w in longest[:_MAX_ROWS]}
+        bars = {_wait_label(who, w): w["seconds"] for who, w in longest[:_MAX_ROWS]}
         rest = sum(w["seconds"] for _, w in longest[_MAX_ROWS:])
         if rest:
             bars[f"{len(longest) - _MAX_ROWS} others"] = rest

@@ -105,7 +105,7 @@ class TrainFlags(RunConfig):
         if self.data_dir is None:
             return self.task
         folder = str(self.data_dir.resolve())  # workers may run in another folder
-        return dataclasses.replace(cast(Any, self.task), data_dir=folder)
+        return cast(TaskSpec, dataclasses.replace(cast(Any, self.task), data_dir=folder))
 
     def run_config(self) -> RunConfig:
         """Return what both trainers take; a run without an end gets a number of epochs."""
