@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 
 from deploy.flags import Parser, UsageError
@@ -25,6 +26,6 @@ def run(argv: Sequence[str]) -> int:
     given = parser.read(argv)
     if given.name not in _NAMES:
         raise UsageError(f"there is no benchmark {given.name!r}; there are {', '.join(_NAMES)}")
-    from deploy import bench  # noqa: PLC0415  # torch and Ray take seconds
-
-    return bench.run(given.name, json=given.json, peers=given.peers, quick=given.quick)
+    bench = importlib.import_module("deploy.bench")  # here: torch and Ray take seconds
+    code: int = bench.run(given.name, json=given.json, peers=given.peers, quick=given.quick)
+    return code

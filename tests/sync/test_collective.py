@@ -134,7 +134,7 @@ def test_ranks_of_a_tiny_model_may_own_nothing(kind: Kind) -> None:
 
 
 def test_ranks_at_different_steps_are_refused(kind: Kind) -> None:
-    came_out = group(kind, LAYOUT, 2, lambda c: c.exchange(c.rank, ()), timeout_s=2.0)
+    came_out = group(kind, LAYOUT, 2, lambda c: c.exchange(c.rank, ()), timeout_s=5.0)
 
     assert isinstance(came_out[0], ProtocolError)
     assert "step" in str(came_out[0])
@@ -147,13 +147,13 @@ def test_a_rank_that_leaves_is_named_at_once(kind: Kind) -> None:
             return None
         return collective.exchange(8, (1.0,))
 
-    came_out = group(kind, LAYOUT, 3, body, timeout_s=1.0)
+    came_out = group(kind, LAYOUT, 3, body, timeout_s=20.0)
 
     for rank in (0, 2):
         error = came_out[rank]
         assert isinstance(error, PeerLostError)
         assert (error.rank, error.peers, error.step) == (rank, (1,), 8)
-        assert error.waited_s < 5
+        assert error.waited_s < 15
 
 
 def test_a_silent_rank_is_named_after_the_deadline(kind: Kind) -> None:
@@ -169,13 +169,13 @@ def test_a_silent_rank_is_named_after_the_deadline(kind: Kind) -> None:
         finally:
             ended.release()
 
-    came_out = group(kind, LAYOUT, 3, body, timeout_s=0.3)
+    came_out = group(kind, LAYOUT, 3, body, timeout_s=3.0)
 
     for rank in (0, 1):
         error = came_out[rank]
         assert isinstance(error, PeerLostError)
         assert (error.rank, error.peers, error.step) == (rank, (2,), 8)
-        assert 0.3 <= error.waited_s < 3
+        assert 3.0 <= error.waited_s < 15
 
 
 def test_whoever_waits_says_for_whom(kind: Kind) -> None:
