@@ -56,6 +56,8 @@ TASK = Task(
     batch_size=BATCH,
 )
 LAYOUT = Layout.of(build_model(TASK, SEED))
+START = LAYOUT.flatten(build_model(TASK, SEED))
+"""Made once: building a model seeds torch's generator, which the ranks' threads share."""
 
 
 def plan(optimizer: Optimizer | None = None, **fields: Any) -> Plan:
@@ -63,10 +65,6 @@ def plan(optimizer: Optimizer | None = None, **fields: Any) -> Plan:
     return Plan(
         layout=LAYOUT, optimizer=optimizer or SGD(lr=0.1), seed=SEED, batch_size=BATCH, **fields
     )
-
-
-def start() -> Tensor:
-    return LAYOUT.flatten(build_model(TASK, SEED))
 
 
 def trainee(collective: Collective, plan: Plan, task: Task = TASK) -> Trainee:
@@ -88,7 +86,7 @@ def train(
     def body(collective: Collective) -> Finished:
         one = trainee(collective, plan, task)
         if parts is None:
-            one.load(start())
+            one.load(START)
         else:
             state = gather_state([(part.cut, part.rule) for part in parts])
             one.load(
@@ -109,7 +107,7 @@ def params(finished: list[Finished]) -> Tensor:
 def on_joined_batch(optimizer: Optimizer, steps: int, world: int) -> Tensor:
     """Train one process on the batches of all ranks together."""
     model = build_model(TASK, SEED)
-    flat, slot = start(), torch.zeros(LAYOUT.numel)
+    flat, slot = START.clone(), torch.zeros(LAYOUT.numel)
     bound = BoundModel(model, LAYOUT, [range(LAYOUT.numel)])
     bound.read([flat])
     bound.write_gradients_to([slot])
@@ -281,7 +279,7 @@ def test_each_rank_may_clip_its_own_gradient() -> None:
 
     finished = results(train(plan(SGD(lr=1.0), clip_own=clip, updates=1)))
 
-    moved = float((params(finished) - start()).norm())
+    moved = float((params(finished) - START).norm())
     assert 0 < moved <= 1e-3 * (1 + 1e-5)
 
 
