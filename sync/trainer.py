@@ -211,9 +211,9 @@ class _Driver:
             self._finish(reason, self._joined([f.part for f in came]), last.status)
             return True
         since = self._latest.version
-        versions = f"versions {since + 1} to {came.reached}" if came.reached > since else "nothing"
+        with_it = f" (with versions {since + 1} to {came.reached})" if came.reached > since else ""
         for who in [f"rank {rank}" for rank in came.ranks] or ["a connection between ranks"]:
-            self._lost(f"{who}, and {versions} with it")
+            self._lost(who + with_it)
         if self._ending is not None:
             self._finish(self._ending, self._latest, Status(_position(self._latest)))
             return True
