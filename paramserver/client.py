@@ -86,27 +86,43 @@ class Client:
                 `retry` is safe.
             ParamServerError: What ended the run, or why the push was refused.
         """
+        self.begin_push(loss=loss, norm=norm, samples=samples, layer=layer)
+        return self.end_push()
+
+    def begin_push(
+        self, *, loss: float = 0.0, norm: float = 0.0, samples: int = 1, layer: str = ""
+    ) -> None:
+        """Do the first half of `push`: send. Until `end_push` neither slots nor reading are valid.
+
+        The shard works meanwhile, and the worker can get its next batch ready.
+        """
         self._seq += 1
         self._push = Message(
             Kind.PUSH, worker=self.worker, incarnation=self.incarnation, seq=self._seq,
             clock=self.clock + 1, read_version=self._version, samples=samples, loss=loss, norm=norm,
             text=layer,
         )  # fmt: skip
-        return self.retry()
+        self._send_push()
 
-    def retry(self) -> Reading | Ended:
-        """Send the last push again; it is applied once, however often it is sent."""
-        if self._followers:
-            for follower in self._followers:
-                follower.send(self._push)
-            for follower in self._followers:
-                self._await_held(follower)
-        self._leader.send(self._push)
-        if self._while_waiting is not None:
-            self._while_waiting()
+    def end_push(self) -> Reading | Ended:
+        """Do the second half of `push`: wait for the answer."""
         answer = self._answer(self._seq)
         self.clock = self._push.clock
         return answer
+
+    def retry(self) -> Reading | Ended:
+        """Send the last push again; it is applied once, however often it is sent."""
+        self._send_push()
+        return self.end_push()
+
+    def _send_push(self) -> None:
+        for follower in self._followers:
+            follower.send(self._push)
+        for follower in self._followers:
+            self._await_held(follower)
+        self._leader.send(self._push)
+        if self._while_waiting is not None:
+            self._while_waiting()
 
     def read(self) -> Reading:
         """Read the parameters as they are now, for a reader that does not push."""

@@ -26,7 +26,7 @@ from paramserver.schedules import Schedule
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position, Snapshot, Status
 from sync.step import Outcome, Reduce, Report, Stepper
-from workers.batches import Batches, step_seed
+from workers.batches import Batches, seed_step
 from workers.examples import Examples
 from workers.gradients import BoundModel
 from workers.task import Task, user_code
@@ -176,7 +176,7 @@ class Trainee:
         """Compute this rank's gradient into its slot."""
         start = time.perf_counter()
         clock = self._position.clock
-        _seed_torch(step_seed(self._plan.seed, self._collective.rank, clock))
+        seed_step(self._plan.seed, self._collective.rank, clock)
         indices = self._batches.indices(clock)
         batch = self._examples.batch(indices)
         with user_code(f"the loss of task {self._task.name!r}"):
@@ -243,13 +243,6 @@ class Trainee:
         hashes = {r: "".join(f"{int(word):04x}" for word in row) for r, row in enumerate(table)}
         if len(set(hashes.values())) > 1:
             raise ReplicaMismatchError(clock, hashes)
-
-
-def _seed_torch(seed: int) -> None:
-    """Seed torch as `torch.manual_seed` does, which takes 130 us to look for absent devices."""
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
 
 
 def fingerprint(model: nn.Module) -> bytes:

@@ -64,6 +64,9 @@ class BoundModel:
             [slots[shard][start:stop] for shard, start, stop, _ in pieces]
             for pieces in self._pieces
         ]
+        for slot, pieces in zip(self.layout.slots, self._slots, strict=True):
+            if len(pieces) == 1:  # the gradient goes there as it is
+                pieces[0] = pieces[0].view(slot.shape)
 
     def backward(self, loss: Tensor) -> float:
         """Run backward from ``loss``; return the 2-norm of the gradient, which is in the slots.
@@ -83,7 +86,7 @@ class BoundModel:
         norms = torch._foreach_norm([piece for pieces in self._slots for piece in pieces])
         norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if math.isinf(norm) and not self.nonfinite_layer():  # finite, but its square is not
-            pieces = [p.double() for pieces in self._slots for p in pieces]
+            pieces = [p.double().view(-1) for pieces in self._slots for p in pieces]
             norm = math.sqrt(sum(float(torch.dot(p, p)) for p in pieces))
         return norm
 
@@ -97,15 +100,21 @@ class BoundModel:
     def _mover(self, i: int) -> Callable[[Tensor], None]:
         """Make the hook that moves the gradient of parameter ``i`` into its slot."""
 
+        pieces = self._pieces[i]
+
         def move(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            flat = parameter.grad.reshape(-1)
-            for piece, (_, start, stop, at) in zip(self._slots[i], self._pieces[i], strict=True):
-                part = flat[at : at + stop - start]
+            grad = parameter.grad
+            assert grad is not None
+            if len(pieces) == 1:
+                parts = [grad]
+            else:
+                flat = grad.reshape(-1)
+                parts = [flat[at : at + stop - start] for _, start, stop, at in pieces]
+            for slot, part in zip(self._slots[i], parts, strict=True):
                 if self._arrived[i]:  # reentrant checkpointing brings a gradient in several parts
-                    piece.add_(part)
+                    slot.add_(part)
                 else:
-                    piece.copy_(part)
+                    slot.copy_(part)
             parameter.grad = None
             self._arrived[i] = True
 

@@ -12,8 +12,8 @@ from torch import nn
 from paramserver.client import Client, Ended
 from paramserver.clipping import Clip
 from paramserver.layout import Layout
-from workers.batches import Batches, step_seed
-from workers.examples import Examples
+from workers.batches import Batches, seed_step
+from workers.examples import Batch, Examples
 from workers.gradients import BoundModel
 from workers.task import Task, user_code
 
@@ -60,12 +60,16 @@ def train(
     bound = BoundModel(model, layout, cuts)
     bound.write_gradients_to(client.slots)
     model.train()
+
+    def prepare(clock: int) -> Batch:
+        """Seed torch for the step at ``clock``, and return its batch."""
+        seed_step(seed, client.worker, clock)
+        return examples.batch(batches.indices(clock))
+
     reading = client.first_read()
+    batch = prepare(client.clock)
     while not isinstance(reading, Ended):
         bound.read(reading.params)
-        torch.manual_seed(step_seed(seed, client.worker, client.clock))
-        indices = batches.indices(client.clock)
-        batch = examples.batch(indices)
         with user_code(f"the loss of task {task.name!r}"):
             loss = task.loss(model, batch)
             norm = bound.backward(loss)
@@ -79,5 +83,7 @@ def train(
                 clip.apply_(slot, norm)
         if before_push is not None:
             before_push(client.clock)
-        reading = client.push(loss=value, norm=norm, samples=len(indices), layer=layer)
+        client.begin_push(loss=value, norm=norm, samples=batches.batch_size, layer=layer)
+        batch = prepare(client.clock + 1)  # while the shard works
+        reading = client.end_push()
     return Finished(reading.reason, client.clock)

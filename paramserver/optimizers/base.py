@@ -10,9 +10,11 @@ beside each rule holds its settings; it travels, is stored in the record, and bu
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +53,24 @@ class PushRule(torch.optim.Optimizer):
                 p.grad = grad
             for group, lr in zip(self.param_groups, rates, strict=True):
                 group["lr"] = lr * scale
-            self.step()
+            with torch.no_grad():
+                _plain_step(type(self))(self)
+            self._opt_called = True  # a scheduler warns of updates that it thinks are missing
         finally:
             for group, lr in zip(self.param_groups, rates, strict=True):
                 group["lr"] = lr
             for p in params:
                 p.grad = None
+
+
+@functools.cache
+def _plain_step(rule: type[PushRule]) -> Callable[[PushRule], Any]:
+    """Return the ``step`` of a rule without torch's wrapping for its profiler and compiler.
+
+    That takes three quarters of a small step: 67 us of 86 with fused SGD on 1 k elements.
+    """
+    step: Callable[[PushRule], Any] = inspect.unwrap(rule.step)
+    return step
 
 
 class Optimizer(Protocol):
