@@ -99,7 +99,6 @@ class BoundModel:
 
     def _mover(self, i: int) -> Callable[[Tensor], None]:
         """Make the hook that moves the gradient of parameter ``i`` into its slot."""
-
         pieces = self._pieces[i]
 
         def move(parameter: Tensor) -> None:
