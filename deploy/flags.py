@@ -12,7 +12,9 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
+import operator
 import re
 import textwrap
 import tomllib
@@ -234,12 +236,12 @@ def _number(value: object, kind: type[int] | type[float]) -> int | float:
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    """Split ``X | None`` into ``X`` and whether None was there."""
+    """Split ``X | None`` into ``X``, which may be a union itself, and whether None was there."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint, False
-    args = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-    assert len(args) == 1, f"a field is of one type or None, not {hint}"
-    return args[0], True
+    args = typing.get_args(hint)
+    others = [arg for arg in args if arg is not type(None)]
+    return functools.reduce(operator.or_, others), len(others) < len(args)
 
 
 def _meant(word: str, words: Sequence[str]) -> str:

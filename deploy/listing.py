@@ -12,6 +12,7 @@ from rich.text import Text
 from async_sgd.damping import DAMPINGS
 from async_sgd.rules import RULES
 from deploy.flags import Parser, UsageError, spell_value
+from paramserver.averaging import AVERAGES
 from paramserver.clipping import CLIPS
 from paramserver.optimizers import OPTIMIZERS
 from paramserver.registry import Entry, Registry
@@ -25,6 +26,7 @@ KINDS: Mapping[str, Registry[Any]] = {
     "optimizers": OPTIMIZERS,
     "rules": RULES,
     "dampings": DAMPINGS,
+    "averages": AVERAGES,
     "schedules": SCHEDULES,
     "clips": CLIPS,
 }
@@ -53,7 +55,9 @@ def table(kind: str, registry: Registry[Any]) -> Table:
     rows.add_column("what it is", ratio=3)
     rows.add_column("source", ratio=2, style="dim", overflow="fold")
     for entry in registry:
-        rows.add_row(entry.name, _keys(entry), Text(entry.summary), Text(entry.source))
+        facts = "".join(f"\n{about}: {fact}" for about, fact in entry.facts.items())
+        what = Text(entry.summary).append(facts, style="dim")
+        rows.add_row(entry.name, _keys(entry), what, Text(entry.source))
     return rows
 
 

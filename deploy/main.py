@@ -25,6 +25,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _COMMANDS: Mapping[str, tuple[str, str]] = {
     "train": ("deploy.train", "train for real, asynchronously or synchronously"),
     "list": ("deploy.listing", "the tasks, optimizers, rules, …: names, keys, defaults, sources"),
+    "experiment": ("deploy.experiments", "many runs compared: a table, a CSV file and a plot"),
     "report": ("deploy.reporting", "one or several runs as a self-contained page"),
     "bench": ("deploy.benching", "measure push and pull, training or all-reduce on this machine"),
 }
@@ -76,7 +77,7 @@ def _command(argv: Sequence[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<8} {what}" for name, (_, what) in _COMMANDS.items()]
+    lines = [f"  {name:<10} {what}" for name, (_, what) in _COMMANDS.items()]
     return "\n".join(
         [
             "usage: paramserver COMMAND [flags]",

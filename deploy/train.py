@@ -17,9 +17,10 @@ from async_sgd.rules import RULES
 from deploy.flags import Flags, Parser, UsageError, spell
 from deploy.outcome import outcome
 from deploy.progress import Progress
+from paramserver.averaging import AVERAGES, Average
 from paramserver.clipping import CLIPS, Clip
 from paramserver.errors import ParamServerError, RunFailedError
-from paramserver.optimizers import OPTIMIZERS, Adam, Optimizer
+from paramserver.optimizers import OPTIMIZERS, Adam, AnyOptimizer
 from paramserver.record import Result
 from paramserver.registry import Registry
 from paramserver.rules import Damping, RuleSpec
@@ -38,7 +39,8 @@ _DEFAULT_EPOCHS = 25.0
 
 _PLUGINS: Mapping[object, Registry[Any]] = {
     TaskSpec: TASKS,
-    Optimizer: OPTIMIZERS,
+    AnyOptimizer: OPTIMIZERS,
+    Average: AVERAGES,
     RuleSpec: RULES,
     Damping: DAMPINGS,
     Clip: CLIPS,
@@ -67,7 +69,7 @@ class TrainFlags(RunConfig):
     data_dir: Path | None = None
     """Folder that holds the task's data; the same as the task's own key ``data_dir``."""
 
-    optimizer: Optimizer = _DEFAULT_OPTIMIZER
+    optimizer: AnyOptimizer = _DEFAULT_OPTIMIZER
     """One of `paramserver list optimizers`."""
 
     rule: RuleSpec | None = None

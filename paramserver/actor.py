@@ -9,23 +9,51 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.errors import ServerTimeoutError
 from paramserver.ledger import Ledger
 from paramserver.messages import Kind, Message
-from paramserver.optimizers import Optimizer
+from paramserver.optimizers import AnyOptimizer, Optimizer
+from paramserver.round_server import RoundFollower, RoundLeader
+from paramserver.round_shard import RoundShard
+from paramserver.rounds import RoundOptimizer
 from paramserver.schedules import Schedule
 from paramserver.sequencer import Progress, Sequencer
 from paramserver.server import Follower, Leader
 from paramserver.shard import Saved, Shard
 from paramserver.transports.shared_memory import Host
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig:
+    """What a shard needs beside the rest to run a round program."""
+
+    cut: range
+    """The shard's range of the parameters."""
+
+    num_rows: int
+    """Rows of a slot: 1, or the number of parameters for a program that asks for matrices."""
+
+    num_examples: int
+    """Training samples there are."""
+
+    num_workers: int
+    """Workers that are expected."""
+
+    finished: int = 0
+    """Rounds finished before."""
+
+    last: int | None = None
+    """Round after which the run ends; None if rounds do not end it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +75,10 @@ class ShardConfig:
     fingerprint: str
     """The layout's."""
 
-    optimizer: Optimizer
+    optimizer: AnyOptimizer
     schedule: Schedule | None = None
     clip: Clip | None = None
+    average: Average | None = None
     version: int = 0
 
     rule_state: dict[str, Any] | None = None
@@ -60,6 +89,9 @@ class ShardConfig:
     threads: int = 1
     """torch threads of the process."""
 
+    rounds: RoundsConfig | None = None
+    """Given if the optimizer is a round program."""
+
 
 class ShardServer:
     """One shard behind its transport. Leads if it is shard 0."""
@@ -69,24 +101,49 @@ class ShardServer:
         torch.set_num_threads(config.threads)
         self._config = config
         vector = torch.from_numpy(np.array(params))  # Ray's arrays are read-only views
-        self._host = Host(config.address, vector.numel(), config.capacity, vector.dtype)
-        self._shard = Shard(
-            vector,
-            config.optimizer,
-            self._host.buffers,
-            schedule=config.schedule,
-            clip=config.clip,
-            version=config.version,
+        rounds = config.rounds
+        self._host = Host(
+            config.address,
+            vector.numel(),
+            config.capacity,
+            vector.dtype,
+            slot_rows=1 if rounds is None else rounds.num_rows,
         )
+        self._shard = self._make_shard(vector)
         if config.rule_state is not None:
             self._shard.restore(config.rule_state, config.schedule_state)
         self._leader: Leader | None = None
         self._seen_rows = 0
 
+    def _make_shard(self, params: Tensor) -> Shard | RoundShard:
+        c = self._config
+        if c.rounds is None:
+            return Shard(
+                params,
+                cast(Optimizer, c.optimizer),
+                self._host.buffers,
+                schedule=c.schedule,
+                clip=c.clip,
+                average=c.average,
+                version=c.version,
+            )
+        return RoundShard(
+            params,
+            cast(RoundOptimizer, c.optimizer),
+            self._host.buffers,
+            cut=c.rounds.cut,
+            num_rows=c.rounds.num_rows,
+            schedule=c.schedule,
+            average=c.average,
+            version=c.version,
+            rounds=c.rounds.finished,
+        )
+
     def follow(self) -> None:
         """Serve as a follower."""
         c = self._config
-        server = Follower(
+        kind = Follower if c.rounds is None else RoundFollower
+        server = kind(
             self._shard,
             self._host,
             self._host.send,
@@ -100,16 +157,26 @@ class ShardServer:
         c = self._config
         hello = Message(Kind.LEAD, text=f"{c.token} {c.fingerprint}")
         links = [self._host.lead(address, hello, timeout_s) for address in followers]
-        self._leader = Leader(
-            self._shard,
-            self._host,
-            self._host.send,
-            sequencer,
-            followers=links,
-            token=c.token,
-            fingerprint=c.fingerprint,
-        )
+        common: dict[str, Any] = {
+            "followers": links,
+            "token": c.token,
+            "fingerprint": c.fingerprint,
+        }
+        parts = (self._shard, self._host, self._host.send, sequencer)
+        if c.rounds is None:
+            self._leader = Leader(*parts, **common)
+        else:
+            self._leader = RoundLeader(
+                *parts,
+                num_examples=c.rounds.num_examples,
+                num_workers=c.rounds.num_workers,
+                rounds=c.rounds.last,
+                **common,
+            )
         self._host.serve(self._leader)
+        if isinstance(self._leader, RoundLeader):
+            with self._host.lock:
+                self._leader.begin(self._host.now())
 
     def status(self) -> dict[str, Any]:
         """Return where the run stands and what happened since the last call."""
@@ -119,17 +186,15 @@ class ShardServer:
             new = s.ledger.rows(self._seen_rows)
             self._seen_rows = len(s.ledger)
             applied = new[new["dropped"] == 0]
-            recent = (
-                {
-                    "loss": float(np.mean(applied["loss"])),
-                    "staleness_mean": float(np.mean(applied["staleness"])),
-                    "staleness_max": int(np.max(applied["staleness"])),
-                }
-                if len(applied)
-                else {}
-            )
+            recent: dict[str, Any] = {}
+            if len(applied):
+                recent["staleness_mean"] = float(np.mean(applied["staleness"]))
+                recent["staleness_max"] = int(np.max(applied["staleness"]))
+            losses = applied["loss"][~np.isnan(applied["loss"])]  # a product has none
+            if len(losses):
+                recent["loss"] = float(np.mean(losses))
             return {
-                "updates": s.version,
+                "updates": self._updates(),
                 "gradients": s.gradients,
                 "samples": s.samples,
                 "seconds": self._host.now(),
@@ -140,6 +205,12 @@ class ShardServer:
                 "error": s.error,
                 **recent,
             }
+
+    def _updates(self) -> int:
+        """Updates of the parameters: versions of a push rule, rounds of a program."""
+        if isinstance(self._shard, RoundShard):
+            return self._shard.runner.rounds
+        return self._leading().sequencer.version
 
     def failure(self) -> str | None:
         """Return what ended this shard's serving thread, or None while it serves."""

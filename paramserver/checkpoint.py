@@ -65,12 +65,13 @@ class Checkpoint:
     """What the run itself keeps: mode, seed, counters."""
 
     def __post_init__(self) -> None:
+        numel = self.layout.numel
+        if self.params.shape != (numel,):
+            raise LayoutError(f"params must have shape ({numel},), got {tuple(self.params.shape)}")
         state = {} if self.state is None else self.state.tensors
-        for name, vector in {"params": self.params, **state}.items():
-            if vector.shape != (self.layout.numel,):
-                raise LayoutError(
-                    f"{name} must have shape ({self.layout.numel},), got {tuple(vector.shape)}"
-                )
+        for name, tensor in state.items():
+            if tensor.ndim == 0 or tensor.shape[-1] != numel:
+                raise LayoutError(f"{name} must have shape (…, {numel}), got {tuple(tensor.shape)}")
         if self.params.dtype != self.layout.dtype:
             raise LayoutError(f"params must be {self.layout.dtype}, got {self.params.dtype}")
 

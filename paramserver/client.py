@@ -21,6 +21,10 @@ class Reading:
     version: int
     params: tuple[Tensor, ...]
     """One vector a shard. Not to be written, and not to be read after the lease."""
+    vectors: tuple[Tensor, ...] = ()
+    """The vector a round program's product is taken with, one piece a shard; else empty."""
+    text: str = ""
+    """What a round program asks for; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +174,14 @@ class Client:
             if message.kind == Kind.GRANT and message.seq == seq:
                 break  # an earlier seq is the second answer to a push that was sent twice
         self._version = message.version
-        params = [self._leader.buffers[message.buffer]]
-        for follower in self._followers:
-            params.append(follower.buffers[self._await_grant(follower, message).buffer])
-        return Reading(message.version, tuple(params))
+        grants = [message, *(self._await_grant(f, message) for f in self._followers)]
+        both = list(zip(self._connections, grants, strict=True))
+        return Reading(
+            message.version,
+            tuple(connection.buffers[granted.buffer] for connection, granted in both),
+            tuple(connection.buffers[g.vector] for connection, g in both if g.vector >= 0),
+            message.text,
+        )
 
     def _await_grant(self, follower: Connection, granted: Message) -> Message:
         while True:

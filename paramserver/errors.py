@@ -9,6 +9,7 @@ ParamServerError
 ├── RecordError              an output folder that cannot be used; nothing was changed
 ├── ProtocolError            a message that breaks the contract; it was refused
 ├── NonFiniteGradientError   a gradient with NaN or infinity; it was not applied
+├── CurvatureError           a round program met a number that is not finite; nothing was changed
 ├── InvariantError           a rule's bound was broken; the run stops
 ├── StragglerTimeoutError    a worker waited too long; its push was applied, pulling again is safe
 ├── ServerTimeoutError       no answer in time; a push may have been applied, a retry is safe
@@ -76,6 +77,20 @@ class NonFiniteGradientError(ParamServerError):
             f"worker {self.worker} at clock {self.clock}: the gradient of {self.layer!r} is not "
             "finite, so it was not applied; lower the learning rate or clip the gradient, or go on "
             "without such gradients with on_nan='drop'"
+        )
+
+
+class CurvatureError(ParamServerError):
+    """A round program met NaN or infinity where it cannot go on. The round was not applied."""
+
+    def __init__(self, what: str, value: float) -> None:
+        super().__init__(what, value)
+        self.what, self.value = what, value
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} is {self.value}: the round was not applied; the parameters are those of "
+            "the last one. Start from a point with a finite loss, add damping or shorten the steps"
         )
 
 

@@ -8,6 +8,7 @@
     let go        RELEASE ------------> .                  -ORDER-> .
     leave         LEAVE  -------------> .                  -ORDER-> .
     (set-up)                            LEAD ------------> WELCOME
+    (round programs)                         <--PARTIAL--- one share of a sum
 
 Tensors never travel in messages: a transport puts them where both sides can see them. Nothing is
 pickled; text is UTF-8.
@@ -15,10 +16,16 @@ pickled; text is UTF-8.
 
 from __future__ import annotations
 
+import base64
 import enum
 import json
 import struct
+from collections.abc import Sequence
 from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from paramserver import errors
 from paramserver.errors import ParamServerError, ProtocolError
@@ -42,6 +49,7 @@ class Kind(enum.IntEnum):
     FAIL = 10
     ORDER = 11
     LEAD = 12
+    PARTIAL = 13
 
 
 class Action(enum.IntEnum):
@@ -61,6 +69,8 @@ class Action(enum.IntEnum):
     """Forget the worker: its held gradient and its lease."""
     SAVE = 7
     """Copy the parameters and the optimizer's state as they are now, for a checkpoint."""
+    SUM = 8
+    """Go on with the sum of all shards' shares, which is the text."""
 
 
 class Message(NamedTuple):
@@ -80,6 +90,8 @@ class Message(NamedTuple):
     samples: int = 0
     buffer: int = 0
     """Which snapshot buffer was leased."""
+    vector: int = -1
+    """Which one holds the vector a product is taken with; -1 if there is none."""
     step: int = 0
     scale: float = 0.0
     loss: float = 0.0
@@ -89,8 +101,8 @@ class Message(NamedTuple):
 
 
 _HEADER: Final = struct.Struct("<BBHii qqqqq iiii ddd")
-MAX_BYTES: Final = 8192
-"""Largest message, text included."""
+MAX_BYTES: Final = 65536
+"""Largest message, text included; a Gram matrix of 75 vectors fits in one."""
 
 
 def encode(m: Message) -> bytes:
@@ -98,7 +110,7 @@ def encode(m: Message) -> bytes:
     head = _HEADER.pack(
         m.kind, m.action, VERSION, m.worker, m.incarnation,
         m.seq, m.clock, m.version, m.read_version, m.staleness,
-        m.samples, m.buffer, m.step, 0, m.scale, m.loss, m.norm,
+        m.samples, m.buffer, m.vector, m.step, m.scale, m.loss, m.norm,
     )  # fmt: skip
     return head + m.text.encode()[: MAX_BYTES - _HEADER.size] if m.text else head
 
@@ -114,11 +126,11 @@ def decode(data: bytes | memoryview) -> Message:
         raise ProtocolError(f"a message of {len(data)} bytes is cut short")
     (
         kind, action, protocol, worker, incarnation, seq, clock, version, read_version, staleness,
-        samples, buffer, step, _, scale, loss, norm,
+        samples, buffer, vector, step, scale, loss, norm,
     ) = _HEADER.unpack_from(data)  # fmt: skip
     if protocol != VERSION:
         raise ProtocolError(f"the other side speaks protocol {protocol}, this one {VERSION}")
-    if not Kind.HELLO <= kind <= Kind.LEAD:
+    if not Kind.HELLO <= kind <= Kind.PARTIAL:
         raise ProtocolError(f"there is no message kind {kind}")
     try:
         text = bytes(data[_HEADER.size :]).decode() if len(data) > _HEADER.size else ""
@@ -126,8 +138,26 @@ def decode(data: bytes | memoryview) -> Message:
         raise ProtocolError("the text of a message is not UTF-8") from error
     return Message(
         kind, action, worker, incarnation, seq, clock, version, read_version, staleness,
-        samples, buffer, step, scale, loss, norm, text,
+        samples, buffer, vector, step, scale, loss, norm, text,
     )  # fmt: skip
+
+
+def pack_numbers(values: Tensor) -> str:
+    """Return float64 ``values`` of any shape as text; the other side knows the shape."""
+    return base64.b85encode(values.contiguous().numpy().astype("<f8").tobytes()).decode()
+
+
+def unpack_numbers(text: str, shape: Sequence[int]) -> Tensor:
+    """Read what `pack_numbers` made.
+
+    Raises:
+        ProtocolError: The text is not that, or holds another number of values.
+    """
+    try:
+        values = np.frombuffer(base64.b85decode(text), "<f8")
+        return torch.from_numpy(values.astype(np.float64)).view(*shape)
+    except (ValueError, RuntimeError) as error:
+        raise ProtocolError(f"expected {tuple(shape)} numbers: {error}") from error
 
 
 def failure(error: ParamServerError) -> Message:

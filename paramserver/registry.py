@@ -14,7 +14,7 @@ import importlib
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from paramserver.errors import PluginError
@@ -30,6 +30,8 @@ class Entry(Generic[T]):
     factory: type[T]
     source: str
     """The paper or page that defines it; empty if it needs none."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What else there is to know, by what it is about, such as ``memory``."""
 
     @property
     def summary(self) -> str:
@@ -39,15 +41,15 @@ class Entry(Generic[T]):
     def parameters(self) -> dict[str, object]:
         """Keys with their defaults; a key without a default maps to ``...``."""
         out: dict[str, object] = {}
-        for field in dataclasses.fields(typing.cast(Any, self.factory)):
-            if not field.init:
+        for key in dataclasses.fields(typing.cast(Any, self.factory)):
+            if not key.init:
                 continue
-            if field.default is not dataclasses.MISSING:
-                out[field.name] = field.default
-            elif field.default_factory is not dataclasses.MISSING:
-                out[field.name] = field.default_factory()
+            if key.default is not dataclasses.MISSING:
+                out[key.name] = key.default
+            elif key.default_factory is not dataclasses.MISSING:
+                out[key.name] = key.default_factory()
             else:
-                out[field.name] = ...
+                out[key.name] = ...
         return out
 
 
@@ -58,11 +60,11 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, Entry[T]] = {}
 
-    def register(self, name: str, factory: type[T], *, source: str = "") -> None:
+    def register(self, name: str, factory: type[T], *, source: str = "", **facts: str) -> None:
         """Add ``factory`` under ``name``; a name that is taken is an error."""
         if name in self._entries:
             raise PluginError(f"{self.kind} {name!r} is registered already")
-        self._entries[name] = Entry(name, factory, source)
+        self._entries[name] = Entry(name, factory, source, facts)
 
     def __iter__(self) -> Iterator[Entry[T]]:
         return iter(self._entries.values())

@@ -5,8 +5,13 @@
     exp_avg (192,), step 7 ─┼─ gather ─ exp_avg (512,), step 7 ─ scatter
     exp_avg (192,), step 7 ─┘                                     └─ exp_avg (256,), step 7
 
-Any elementwise optimizer of torch can be cut so: what has the length of the shard is cut, and what
-is a single value is the same in all shards.
+Any elementwise optimizer of torch can be cut so, and any round program that is not ``whole``: what
+has the length of the shard as its last dimension is cut there, such as a history of shape
+``(k, n)``, and what is a single value is the same in all shards.
+
+A ``whole`` program is never cut. Its state, such as a matrix of shape ``(n, n)``, passes through
+here in one part that is everything; nothing here can tell it from a history, so whoever asks for
+several parts must know that the program may have them.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ class OptimizerState:
     """What an optimizer knows, for the whole flat vector."""
 
     tensors: dict[str, Tensor]
-    """A vector of shape ``(layout.numel,)`` for each key, such as ``exp_avg``."""
+    """For each key, such as ``exp_avg``, a tensor whose last dimension is ``layout.numel``."""
     scalars: dict[str, Scalar]
     """Values all shards share, such as ``step``; what torch keeps as a tensor of one element is
     one here, of the same dtype."""
@@ -61,10 +66,12 @@ def gather_state(parts: Sequence[tuple[range, Mapping[str, Any]]]) -> OptimizerS
     for key in states[0]:
         values = [state[key] for state in states]
         if all(
-            isinstance(v, Tensor) and v.shape == (len(part),)
+            isinstance(v, Tensor) and v.ndim > 0 and v.shape[-1] == len(part)
             for v, (part, _) in zip(values, parts, strict=True)
         ):
-            tensors[key] = torch.cat(values)
+            _agreed(f"the shape of {key}, without its length,", [v.shape[:-1] for v in values])
+            _agreed(f"the dtype of {key}", [v.dtype for v in values])
+            tensors[key] = torch.cat(values, dim=-1)
         else:
             scalars[key] = _agreed(key, values)
     groups = [
@@ -79,14 +86,16 @@ def scatter_state(state: OptimizerState, part: range) -> dict[str, Any]:
     """Return the ``state_dict`` for an optimizer whose one parameter is the elements of ``part``.
 
     Raises:
-        LayoutError: ``part`` reaches past the end of a state's vector.
+        LayoutError: ``part`` reaches past the end of a state's tensor.
     """
     own: dict[str, Scalar] = {}
-    for key, vector in state.tensors.items():
-        if part.stop > len(vector):
-            raise LayoutError(f"{key} has {len(vector)} elements, so it cannot be cut at {part}")
+    for key, tensor in state.tensors.items():
+        if part.stop > tensor.shape[-1]:
+            raise LayoutError(
+                f"{key} has {tensor.shape[-1]} elements, so it cannot be cut at {part}"
+            )
         # A copy: torch would step on the state's own memory, and pickle would send all of it.
-        own[key] = vector[part.start : part.stop].clone()
+        own[key] = tensor[..., part.start : part.stop].clone(memory_format=torch.contiguous_format)
     for key, value in state.scalars.items():
         own[key] = value.clone() if isinstance(value, Tensor) else value
     return {"state": {0: own} if own else {}, "param_groups": [{**state.groups, "params": [0]}]}
@@ -98,8 +107,8 @@ def _agreed(what: str, values: Sequence[Any]) -> Any:
     for shard, value in enumerate(values):
         if isinstance(value, Tensor) and value.numel() != 1:
             raise CheckpointError(
-                f"{what} of shard {shard} has shape {tuple(value.shape)}: only vectors of the "
-                "shard's length and single values can be cut anew"
+                f"{what} of shard {shard} has shape {tuple(value.shape)}: only tensors whose last "
+                "dimension is the shard's length and single values can be cut anew"
             )
         if value != first or getattr(value, "dtype", None) != getattr(first, "dtype", None):
             raise CheckpointError(

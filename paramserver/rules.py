@@ -7,6 +7,7 @@ same calls give the same answers, so a run can be replayed. Implementations: `as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,6 +93,23 @@ class Rule(Protocol):
 
     def bounds(self, push: Push) -> tuple[Bound, ...]:
         """Invariants to check after ``push`` was accepted; empty if the rule promises nothing."""
+
+
+class PieceRule(Rule, Protocol):
+    """A rule that hands out pieces of a round program's open request.
+
+    `waits_for` gives a worker its piece when it names nobody; a worker that already has one keeps
+    it. Between requests every worker waits.
+    """
+
+    def open(self, pieces: Sequence[int]) -> None:
+        """Begin a request that is asked of ``pieces``; the last one has been answered."""
+
+    def piece(self, worker: int) -> int:
+        """Return the piece that ``worker`` was given when it was let go on."""
+
+    def answered_by(self) -> tuple[int, ...]:
+        """Return the pieces the last request was answered by, in order of their numbers."""
 
 
 class Damping(Protocol):

@@ -77,13 +77,16 @@ class Sequencer:
         *,
         damping: Damping | None = None,
         budget: Budget | None = None,
-        on_nan: Literal["drop", "stop"] = "stop",
+        on_nan: Literal["drop", "stop", "pass"] = "stop",
         wait_timeout_s: float = 60.0,
         progress: Progress | None = None,
         ledger: Ledger | None = None,
         expected: int = 0,
     ) -> None:
         """Start at ``progress``, adding to ``ledger``; without them, at the beginning.
+
+        ``on_nan="pass"`` accepts numbers that are not finite, which a round program expects of
+        points that are too far away.
 
         Nobody is granted a read before ``expected`` workers have joined: a rule that averages over
         all of them would otherwise close its first round with those that came first.
@@ -101,9 +104,12 @@ class Sequencer:
         """Why the run ended; None while it goes."""
         self.error: ParamServerError | None = None
         """What broke the run, if something did."""
-        self._rule, self._damping = rule, damping
+        self.counts = True
+        """Whether what is accepted counts as gradients and samples; products do not."""
+        self.rule, self._damping = rule, damping
         self._budget = budget or Budget()
         self._expected = expected
+        self._last = -1  # the worker that pushed last
         self._on_nan = on_nan
         self._wait_timeout_s = wait_timeout_s
         self._workers = {
@@ -168,7 +174,7 @@ class Sequencer:
         else:
             state = self._workers[worker] = _Worker(incarnation)
         if self.ended is None:
-            self._rule.on_join(worker, state.clock)
+            self.rule.on_join(worker, state.clock)
             joined = self.live()
             if len(joined) >= self._expected:
                 first = self._expected > 0
@@ -207,11 +213,12 @@ class Sequencer:
     def on_push(self, m: Message, now: float) -> list[Message]:
         """Decide about a gradient that has arrived, for the first time."""
         state = self._workers[m.worker]
+        self._last = m.worker
         state.seq, state.clock = m.seq, state.clock + 1
         self.conservation.on_arrival(m.worker, m.read_version, self.version)
         push = Push(m.worker, state.clock, m.read_version, self.version, max(m.samples, 1))
         reason = self._refuse(m, state)
-        verdict = Drop(reason) if reason else self._rule.on_push(push)
+        verdict = Drop(reason) if reason else self.rule.on_push(push)
         if isinstance(verdict, Drop):
             self._record(m, state, push, now, 0.0, verdict.reason)
             orders = [self._order(Action.DISCARD, m.worker)]
@@ -219,8 +226,9 @@ class Sequencer:
             scale = verdict.scale
             if self._damping is not None:
                 scale *= self._damping.scale(push.staleness)
-            self.gradients += 1
-            self.samples += push.samples
+            if self.counts:
+                self.gradients += 1
+                self.samples += push.samples
             self._record(m, state, push, now, scale, None)
             orders = [self._take(m, scale, verdict.step)]
             self._check(push)
@@ -235,11 +243,15 @@ class Sequencer:
         state.live, state.waits_since, state.waits_for = False, None, frozenset()
         self.conservation.on_abandon(worker, self.version)
         orders = [self._order(Action.LEAVE, worker)]
-        if self._rule.on_leave(worker) and self.ended is None:
+        if self.rule.on_leave(worker) and self.ended is None:
             self._bump()
             orders.append(self._order(Action.STEP, worker))
             self._end_if_done()
         return orders + self._release(worker, now, [])
+
+    def release(self, now: float) -> list[Message]:
+        """Let go on who may, now that the rule has changed its mind by itself."""
+        return self._release(self._last, now, [])
 
     def on_tick(self, now: float) -> None:
         """Stop the run if a worker has waited too long."""
@@ -267,7 +279,7 @@ class Sequencer:
         """Return why ``m`` is not even shown to the rule, or None."""
         if self.ended is not None:
             return "ended"
-        if math.isfinite(m.norm) and math.isfinite(m.loss):
+        if self._on_nan == "pass" or (math.isfinite(m.norm) and math.isfinite(m.loss)):
             return None
         if self._on_nan == "stop":
             self.fail(NonFiniteGradientError(m.worker, state.clock, m.text or "loss"))
@@ -278,7 +290,7 @@ class Sequencer:
             self._bump()
         return Message(
             Kind.ORDER, Action.TAKE, m.worker, m.incarnation, m.seq, version=self.version,
-            samples=m.samples, step=int(step), scale=scale, norm=m.norm,
+            samples=m.samples, step=int(step), scale=scale, norm=m.norm, loss=m.loss,
         )  # fmt: skip
 
     def _bump(self) -> None:
@@ -297,7 +309,7 @@ class Sequencer:
 
     def _check(self, push: Push) -> None:
         """Check the rule's bounds and the conservation of staleness after an accepted push."""
-        bounds = [(b.name, b.limit, b.value, b.worker) for b in self._rule.bounds(push)]
+        bounds = [(b.name, b.limit, b.value, b.worker) for b in self.rule.bounds(push)]
         if not self.conservation.holds:
             law = self.conservation.report()
             bounds.append(("staleness uncounted", 0, abs(law["left"] - law["right"]), push.worker))
@@ -305,7 +317,7 @@ class Sequencer:
             if name not in self.worst or value >= self.worst[name][0]:
                 self.worst[name] = (value, limit)
             if value > limit:
-                rule = self._rule.name
+                rule = self.rule.name
                 self.fail(InvariantError(rule, name, limit, value, worker, self.version))
 
     def _end_if_done(self) -> None:
@@ -325,7 +337,7 @@ class Sequencer:
             return orders
         for worker in [*blocked, *asking]:
             state = self._workers[worker]
-            others = self._rule.waits_for(worker)
+            others = self.rule.waits_for(worker)
             if others:
                 state.waits_for = others
                 state.waits_since = now if state.waits_since is None else state.waits_since

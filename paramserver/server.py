@@ -27,7 +27,7 @@ from torch import Tensor
 from paramserver.errors import ParamServerError, ProtocolError, ResourceError
 from paramserver.messages import Action, Kind, Message, failure
 from paramserver.sequencer import Sequencer
-from paramserver.shard import Shard
+from paramserver.shard import Held, Lease
 
 Conn = Hashable
 """Whatever a transport tells its connections apart by."""
@@ -46,11 +46,19 @@ class Memory(Protocol):
         """Return the gradient slot of a connection, shape ``(n,)``; the same one at each call."""
 
 
+def grant(order: Message, lease: Lease) -> Message:
+    """Return the message that tells a reader what ``order`` leased to it."""
+    return Message(
+        Kind.GRANT, worker=order.worker, seq=order.seq, version=lease.version, buffer=lease.buffer,
+        vector=lease.vector,
+    )  # fmt: skip
+
+
 class _Server:
     """What leader and follower have in common: who is who, and grants."""
 
     def __init__(
-        self, shard: Shard, memory: Memory, send: Send, *, token: str, fingerprint: str
+        self, shard: Held, memory: Memory, send: Send, *, token: str, fingerprint: str
     ) -> None:
         self.shard = shard
         self._memory, self._send = memory, send
@@ -166,12 +174,9 @@ class Follower(_Server):
                 raise ProtocolError(f"a follower does not take message {m.kind}")
 
     def _execute(self, order: Message) -> None:
-        buffer = self.shard.execute(order)
-        if order.action == Action.READ:
-            grant = Message(
-                Kind.GRANT, worker=order.worker, seq=order.seq, version=order.version, buffer=buffer
-            )
-            self._answer(order.worker, order.seq, grant)
+        lease = self.shard.execute(order)
+        if lease is not None:
+            self._answer(order.worker, order.seq, grant(order, lease))
         elif order.action == Action.LEAVE:
             self._answers.pop(order.worker, None)
 
@@ -190,7 +195,7 @@ class Leader(_Server):
 
     def __init__(
         self,
-        shard: Shard,
+        shard: Held,
         memory: Memory,
         send: Send,
         sequencer: Sequencer,
@@ -285,15 +290,17 @@ class Leader(_Server):
             for follower in self._followers:
                 self._send(follower, order)
             try:
-                buffer = self.shard.execute(order)
+                lease = self.shard.execute(order)
             except ParamServerError as error:
                 self._break(error)
                 return
-            if order.action == Action.READ:
-                grant = Message(
-                    Kind.GRANT, worker=worker, seq=order.seq, version=order.version, buffer=buffer
-                )
-                self._answer(worker, order.seq, grant)
+            if lease is not None:
+                granted = grant(order, lease)._replace(text=self._told(worker))
+                self._answer(worker, order.seq, granted)
+
+    def _told(self, worker: int) -> str:
+        """Return what ``worker`` is told with its read; a push rule has nothing to say."""
+        return ""
 
     def _break(self, error: ParamServerError) -> None:
         """End the run: this shard is behind its own orders for good. Tell every worker why."""

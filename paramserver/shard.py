@@ -17,17 +17,21 @@ So a version that nobody reads costs no copy, and one buffer a reader plus one i
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from paramserver.averaged_state import with_average, without_average
+from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.errors import LayoutError, ProtocolError, ResourceError
 from paramserver.messages import Action, Message
 from paramserver.optimizers import Optimizer
+from paramserver.optimizers.base import needs_norm
 from paramserver.schedules import Schedule
 
 
@@ -54,6 +58,19 @@ class Snapshots:
         self._readers[self.current] += 1
         return self.current
 
+    def lease_copy(self, reader: int, params: Tensor) -> int:
+        """Show ``params`` to ``reader`` alone, whose earlier lease ends; return the buffer.
+
+        Raises:
+            ResourceError: Every other buffer is leased; nothing was changed but the lease.
+        """
+        self.release(reader)
+        buffer = self._free()
+        self._buffers[buffer].copy_(params)
+        self._leases[reader] = buffer
+        self._readers[buffer] += 1
+        return buffer
+
     def release(self, reader: int) -> None:
         """End the lease of ``reader``; it may have none."""
         buffer = self._leases.pop(reader, None)
@@ -67,20 +84,35 @@ class Snapshots:
             ResourceError: Every other buffer is leased; nothing was changed.
         """
         if self._readers[self.current]:
-            free = next((i for i, n in enumerate(self._readers) if n == 0), None)
-            if free is None:
-                raise ResourceError(
-                    f"all {len(self._buffers)} snapshot buffers are read; a shard made for fewer "
-                    "readers cannot take more"
-                )
+            free = self._free()
             self._buffers[free].copy_(self._buffers[self.current])
             self.current = free
         return self._buffers[self.current]
+
+    def _free(self) -> int:
+        """Return a buffer that nobody reads, other than the current one."""
+        for buffer, readers in enumerate(self._readers):
+            if readers == 0 and buffer != self.current:
+                return buffer
+        raise ResourceError(
+            f"all {len(self._buffers)} snapshot buffers are read; a shard made for fewer readers "
+            "cannot take more"
+        )
 
     @property
     def num_leases(self) -> int:
         """Readers that hold a lease."""
         return len(self._leases)
+
+
+class Lease(NamedTuple):
+    """What a reader was given."""
+
+    buffer: int
+    version: int
+    """The version that is in it."""
+    vector: int = -1
+    """The buffer of the vector that belongs to it; -1 if there is none."""
 
 
 @dataclass(slots=True)
@@ -97,12 +129,99 @@ class Saved:
     version: int
     params: Tensor
     rule: dict[str, Any]
-    """The ``state_dict`` of the optimizer."""
+    """The ``state_dict`` of the optimizer; of the averager as well, if there is one."""
     scheduler: dict[str, Any] | None
+    rounds: int | None = None
+    """Rounds a program has finished; None for a push rule."""
 
 
-class Shard:
-    """The state machine of one range of the parameters. Calls come one at a time."""
+class Held:
+    """What every kind of shard does: it keeps pushes until it is ordered what to do with them."""
+
+    version: int
+    saved: Saved | None = None
+    """What the last `Action.SAVE` copied."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, version: int) -> None:
+        """Take pushes of ``numel`` elements, from ``version`` on."""
+        self.version = version
+        self._push_numel, self._push_dtype = numel, dtype
+        self._held: dict[int, _Held] = {}
+
+    def hold(self, worker: int, incarnation: int, seq: int, grad: Tensor) -> None:
+        """Keep ``grad``, as long as a slot, until an order says what to do with it; without a copy.
+
+        Raises:
+            LayoutError: The gradient has another shape or dtype; it was not kept.
+        """
+        if grad.shape != (self._push_numel,) or grad.dtype != self._push_dtype:
+            raise LayoutError(
+                f"expected a gradient of {self._push_numel} {self._push_dtype}, got "
+                f"{tuple(grad.shape)} {grad.dtype}"
+            )
+        self._held[worker] = _Held(incarnation, seq, grad)
+
+    def execute(self, order: Message) -> Lease | None:
+        """Do what the leader ordered; return what is leased by `Action.READ`.
+
+        Raises:
+            ProtocolError: The order takes a gradient that is not held, or arrives out of order.
+        """
+        lease = None
+        match order.action:
+            case Action.TAKE:
+                self._take(self._taken(order), order)
+            case Action.DISCARD | Action.LEAVE:
+                self._held.pop(order.worker, None)
+                self._release(order.worker)
+            case Action.STEP:
+                self._step_gathered(order.version)
+            case Action.READ:
+                lease = self._lease(order.worker)
+            case Action.RELEASE:
+                self._release(order.worker)
+            case Action.SAVE:
+                self.saved = self._save()
+            case Action.SUM:
+                self._go_on(order.text)
+            case _:
+                raise ProtocolError(f"there is no action {order.action}")
+        if self.version != order.version:
+            raise ProtocolError(f"an order for version {order.version} came at {self.version}")
+        return lease
+
+    def _taken(self, order: Message) -> Tensor:
+        """Return the gradient that ``order`` takes, which is held no more."""
+        held = self._held.pop(order.worker, None)
+        if held is None or (held.incarnation, held.seq) != (order.incarnation, order.seq):
+            raise ProtocolError(
+                f"an order takes push {order.seq} of worker {order.worker}, which is not held"
+            )
+        # The pusher has finished with what it read: its buffer may be written again.
+        self._release(order.worker)
+        return held.grad
+
+    def _take(self, grad: Tensor, order: Message) -> None:
+        raise NotImplementedError
+
+    def _step_gathered(self, version: int) -> None:
+        raise ProtocolError("there is nothing gathered to step on here")
+
+    def _lease(self, reader: int) -> Lease:
+        raise NotImplementedError
+
+    def _release(self, reader: int) -> None:
+        raise NotImplementedError
+
+    def _save(self) -> Saved:
+        raise NotImplementedError
+
+    def _go_on(self, text: str) -> None:
+        raise ProtocolError("no sum is waited for here")
+
+
+class Shard(Held):
+    """The state machine of one range of the parameters under a push rule; one call at a time."""
 
     def __init__(
         self,
@@ -112,6 +231,7 @@ class Shard:
         *,
         schedule: Schedule | None = None,
         clip: Clip | None = None,
+        average: Average | None = None,
         version: int = 0,
     ) -> None:
         """Start at ``params``, shape ``(n,)``.
@@ -122,79 +242,41 @@ class Shard:
             buffers: Snapshot buffers, shape ``(n,)`` each: one a reader plus one.
             schedule: Changes the learning rate with every update.
             clip: Applied to each update's gradient before the rule; None if workers clip.
+            average: Of the iterates, which readers that do not push then see; None shows the
+                parameters.
             version: Updates that made ``params``.
         """
-        self.version = version
+        super().__init__(params.numel(), params.dtype, version)
         self.snapshots = Snapshots(buffers, params)
         self._param = nn.Parameter(self.snapshots.params, requires_grad=False)
         self.rule = optimizer.build([self._param])
         self.scheduler = None if schedule is None else schedule.build(self.rule)
         self._clip = clip
-        self.saved: Saved | None = None
-        """What the last `Action.SAVE` copied."""
-        self._held: dict[int, _Held] = {}
+        self.averager = None if average is None else average.build(params)
         self._gathered: Tensor | None = None  # sum of weight * scale * gradient
         self._weight = 0.0  # sum of weight * scale
         self._full_weight = 0.0  # sum of weight
+        self._loss = 0.0  # sum of weight * loss
+        self._norm_needed = clip is not None or needs_norm(optimizer)
 
-    def hold(self, worker: int, incarnation: int, seq: int, grad: Tensor) -> None:
-        """Keep ``grad``, shape ``(n,)``, until an order says what to do with it; no copy is made.
+    def _lease(self, reader: int) -> Lease:
+        mean = self.averager.average() if self.averager is not None and reader < 0 else None
+        if mean is not None:
+            return Lease(self.snapshots.lease_copy(reader, mean), self.version)
+        return Lease(self.snapshots.lease(reader), self.version)
 
-        Raises:
-            LayoutError: The gradient has another shape or dtype; it was not kept.
-        """
-        if grad.shape != self._param.shape or grad.dtype != self._param.dtype:
-            raise LayoutError(
-                f"expected a gradient of {self._param.numel()} {self._param.dtype}, got "
-                f"{tuple(grad.shape)} {grad.dtype}"
-            )
-        self._held[worker] = _Held(incarnation, seq, grad)
+    def _release(self, reader: int) -> None:
+        self.snapshots.release(reader)
 
-    def execute(self, order: Message) -> int:
-        """Do what the leader ordered; return the buffer leased by `Action.READ`, else -1.
-
-        Raises:
-            ProtocolError: The order takes a gradient that is not held, or arrives out of order.
-        """
-        buffer = -1
-        match order.action:
-            case Action.TAKE:
-                self._take(order)
-            case Action.DISCARD:
-                self._held.pop(order.worker, None)
-                self.snapshots.release(order.worker)
-            case Action.STEP:
-                self._step_gathered(order.version)
-            case Action.READ:
-                buffer = self.snapshots.lease(order.worker)
-            case Action.RELEASE:
-                self.snapshots.release(order.worker)
-            case Action.LEAVE:
-                self._held.pop(order.worker, None)
-                self.snapshots.release(order.worker)
-            case Action.SAVE:
-                self.saved = self._save()
-            case _:
-                raise ProtocolError(f"there is no action {order.action}")
-        if self.version != order.version:
-            raise ProtocolError(f"an order for version {order.version} came at {self.version}")
-        return buffer
-
-    def _take(self, order: Message) -> None:
-        held = self._held.pop(order.worker, None)
-        if held is None or (held.incarnation, held.seq) != (order.incarnation, order.seq):
-            raise ProtocolError(
-                f"an order takes push {order.seq} of worker {order.worker}, which is not held"
-            )
-        # The pusher has finished with what it read: its buffer may be written again.
-        self.snapshots.release(order.worker)
+    def _take(self, grad: Tensor, order: Message) -> None:
         if order.step and self._gathered_nothing:
-            self._apply(held.grad, order.norm, order.scale, order.version)
+            self._apply(grad, order.loss, order.norm, order.scale, order.version)
             return
         weight = float(max(order.samples, 1))
         if self._gathered is None:
-            self._gathered = torch.zeros_like(held.grad)
-        self._gathered.add_(held.grad, alpha=weight * order.scale)
+            self._gathered = torch.zeros_like(grad)
+        self._gathered.add_(grad, alpha=weight * order.scale)
+        self._loss += weight * order.loss
         self._weight += weight * order.scale
         self._full_weight += weight
         if order.step:
@@ -205,13 +287,16 @@ class Shard:
         return Saved(
             self.version,
             self.snapshots.params.clone(),
-            copy.deepcopy(self.rule.state_dict()),
+            copy.deepcopy(with_average(self.rule.state_dict(), self.averager)),
             copy.deepcopy(scheduler),
         )
 
     def restore(self, rule: dict[str, Any], scheduler: dict[str, Any] | None) -> None:
-        """Go on with an optimizer's and a schedule's saved state."""
-        self.rule.load_state_dict(rule)
+        """Go on with an optimizer's, an average's and a schedule's saved state."""
+        own, average = without_average(rule)
+        self.rule.load_state_dict(own)
+        if self.averager is not None:
+            self.averager.load_state_dict(average)
         if self.scheduler is not None and scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
 
@@ -224,16 +309,20 @@ class Shard:
         mean = self._gathered.div_(self._weight)
         # The mean direction takes the damping's share of the step: for SGD this is the mean of the
         # damped gradients, and Adam, which ignores a gradient's scale, is damped as well.
-        norm = float(torch.linalg.vector_norm(mean)) if self._clip is not None else 0.0
-        self._apply(mean, norm, self._weight / self._full_weight, version)
+        norm = float(torch.linalg.vector_norm(mean)) if self._norm_needed else math.nan
+        loss = self._loss / self._full_weight
+        self._apply(mean, loss, norm, self._weight / self._full_weight, version)
         mean.zero_()
-        self._weight = self._full_weight = 0.0
+        self._weight = self._full_weight = self._loss = 0.0
 
-    def _apply(self, grad: Tensor, norm: float, scale: float, version: int) -> None:
+    def _apply(self, grad: Tensor, loss: float, norm: float, scale: float, version: int) -> None:
+        self.rule.told(loss, norm)
         if self._clip is not None:
             self._clip.apply_(grad, norm)
         self._param.data = self.snapshots.writable()
         self.rule.apply([grad], scale)
         if self.scheduler is not None:
             self.scheduler.step()
+        if self.averager is not None:
+            self.averager.update(self._param.data)
         self.version = version

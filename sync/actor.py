@@ -14,12 +14,15 @@ from torch import Tensor
 
 from paramserver.checkpoint import OptimizerState, scatter_state
 from paramserver.layout import Layout
+from paramserver.rounds import build_program
 from sync import gloo, shared
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position
+from sync.rounds import RoundTrainee
 from sync.worker import Finished, Plan, Trainee
 from workers.actor import keep_freed_memory
 from workers.gradients import BoundModel
+from workers.oracles import Oracle
 from workers.task import Task, build_data, build_model, evaluate, recalibrate_batchnorm
 
 Kind = Literal["shared_memory", "gloo"]
@@ -83,24 +86,17 @@ class Rank:
     def train(
         self, rank: int, group: Group, address: str, plan: Plan, start: Start, params: Any
     ) -> Finished:
-        """Join the group at ``address`` and train from ``start``; see `Trainee.train`.
+        """Join the group at ``address`` and train from ``start``, with the loop the plan needs.
 
         ``params`` is what `pack` makes of the parameters at ``start``.
         """
         try:
             self._collective = self._join(rank, group, address)
-            trainee = Trainee(
-                self._task,
-                build_model(self._task, self._seed),
-                self._examples,
-                self._collective,
-                plan,
-            )
-            cut, state = self._collective.cut, start.state
+            trainee, state = self._trainee(self._collective, plan), start.state
             trainee.load(
                 unpack(params, group.layout.dtype),
                 start.position,
-                None if state is None else scatter_state(state, cut),
+                None if state is None else scatter_state(state, trainee.cut),
                 None if state is None else state.schedule,
             )
             return trainee.train(self._desk)
@@ -140,6 +136,14 @@ class Rank:
         if updates > 0:
             figures["loss"] = (now.loss_sum - before.loss_sum) / updates
         return figures
+
+    def _trainee(self, collective: Collective, plan: Plan) -> Trainee | RoundTrainee:
+        """Make the loop that the plan's optimizer needs."""
+        model = build_model(self._task, self._seed)
+        if build_program(plan.optimizer) is None:
+            return Trainee(self._task, model, self._examples, collective, plan)
+        oracle = Oracle(self._task, model, plan.layout, self._examples, self._seed)
+        return RoundTrainee(oracle, len(self._examples), collective, plan)
 
     def _join(self, rank: int, group: Group, address: str) -> Collective:
         if rank == 0:

@@ -4,6 +4,8 @@
     rank 1   gradient ---+          +--- reduce slice 1, update it ---+         +--- gradient
 
 Each rank owns one slice of the parameters, and the state of the optimizer for that slice alone.
+Whatever has more rows than one is reduced a row at a time: write it to `grad`, exchange, reduce,
+publish. A second vector, for products with a matrix, is shared beside the parameters.
 `sync.shared` is the group of ranks on one machine, `sync.gloo` of ranks on several.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from paramserver.layout import BLOCK, Layout
@@ -48,6 +51,14 @@ class Collective(Protocol):
         """
 
     @property
+    def vector(self) -> Tensor:
+        """A second vector like `params`, made and zero when it is first used; written as they are.
+
+        Raises:
+            ResourceError: There is too little memory for it.
+        """
+
+    @property
     def grad(self) -> Tensor:
         """The gradient of this rank, shape ``(numel,)``, its padding 0.
 
@@ -80,8 +91,11 @@ class Collective(Protocol):
         bits follow from the gradients, the weights and the cuts alone.
         """
 
-    def publish(self) -> None:
+    def publish(self, *, vector: bool = False) -> None:
         """Show every rank the slices as their owners have updated them.
+
+        Args:
+            vector: Whether those of `vector` are shown as well; else they need not be.
 
         Raises:
             PeerLostError: A rank is gone or silent; parameters may be old, new or a mix.
@@ -96,6 +110,31 @@ def fair_cuts(layout: Layout, world: int) -> tuple[range, ...]:
     num_owners = min(world, layout.numel // BLOCK)
     nothing = range(layout.numel, layout.numel)
     return layout.cuts(num_owners) + (nothing,) * (world - num_owners)
+
+
+MAX_VALUES = 8000
+"""Numbers that all ranks together tell in one exchange."""
+
+
+def add_up(collective: Collective, step: int, values: Tensor) -> Tensor:
+    """Return the sum of ``values`` over the ranks, with the same bits on all of them.
+
+    Args:
+        collective: The group; all ranks call this.
+        step: As in `Collective.exchange`.
+        values: This rank's share, float64, of any shape, the same on all ranks.
+
+    Raises:
+        PeerLostError: A rank is gone or silent.
+    """
+    told = []
+    for piece in values.flatten().split(max(1, MAX_VALUES // collective.world)):
+        table = collective.exchange(step, piece.tolist())
+        total = torch.tensor(table[0], dtype=torch.float64)
+        for row in table[1:]:  # in the order of the ranks, and never in another one
+            total += torch.tensor(row, dtype=torch.float64)
+        told.append(total)
+    return torch.cat(told).view(values.shape)
 
 
 CHUNK = 1 << 16

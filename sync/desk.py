@@ -38,13 +38,13 @@ class Part:
     params: Tensor
     """The parameters in the cut."""
     rule: dict[str, Any]
-    """The ``state_dict`` of the optimizer of the cut."""
+    """The ``state_dict`` of the optimizer of the cut, and of its average if there is one."""
     scheduler: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All parameters at one version, a copy."""
+    """All parameters at one version, or their average there; a copy."""
 
     version: int
     params: Tensor

@@ -12,6 +12,7 @@ machines' processors round differently.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -64,7 +65,7 @@ class Gloo:
         )
         self.params: Tensor = self._params[:numel]
         self.grad: Tensor = self._grad[:numel]
-        self._mine = self._params[mine.start : mine.stop]
+        self._mine = mine
         self._terms = self._received.view(world, size)
         self._store, self._step, self._timeout_s = store, 0, timeout_s
         self._others = tuple(other for other in range(world) if other != rank)
@@ -93,16 +94,27 @@ class Gloo:
         own, weight = terms.pop(self.rank)
         return weighted_sum_(own, weight, terms)[: len(self.cut)]
 
-    def publish(self) -> None:
+    def publish(self, *, vector: bool = False) -> None:
         """Bring every rank's slice to all ranks."""
         with self._named():
-            self._group._allgather_base(self._params, self._mine).wait()
+            for whole in (self._params, self._vector) if vector else (self._params,):
+                mine = whole[self._mine.start : self._mine.stop]
+                self._group._allgather_base(whole, mine).wait()
 
     def close(self) -> None:
         """Leave the group; ranks that still wait for this one see their connections end."""
         if hasattr(self, "_group"):
             del self._group  # ends the connections
         del self._store
+
+    @functools.cached_property
+    def _vector(self) -> Tensor:
+        return torch.zeros_like(self._params)
+
+    @property
+    def vector(self) -> Tensor:
+        """The second vector, this rank's copy of it."""
+        return self._vector[: len(self.params)]
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

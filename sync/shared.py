@@ -1,6 +1,6 @@
 """Ranks on one machine: one copy of the parameters, in memory that all of them share.
 
-    memfd   | parameters | gradient of rank 0 | gradient of rank 1 | ...
+    memfd   | parameters | gradient of rank 0 | gradient of rank 1 | ... | second vector
     rank 0    reads all    writes;  slice 0 <-+  reads slice 0
               writes slice 0
     rank 1    reads all    reads slice 1      +-> writes;  slice 1
@@ -8,7 +8,8 @@
 
 Nobody reads parameters between `exchange` and `publish`, so each rank updates its slice where it
 is, and no second copy is needed. The model's own parameters are views of the vector: an update is
-seen without a copy.
+seen without a copy. The second vector is there once a rank has used it: whoever comes to it makes
+the memory longer, always to the same length.
 
 The memory is a memfd. Rank 0 makes it and hands its descriptor over the Unix socket on which the
 ranks then meet (`sync.star`): both are nameless, so a killed rank leaves nothing behind. Only
@@ -17,6 +18,7 @@ processes of the same user are let in, and only with the group's token.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import logging
@@ -50,12 +52,24 @@ class SharedMemory:
         """Use ``segment``, whose first row holds parameters and the others gradients, by rank."""
         self.rank, self.world = star.rank, star.world
         self.cut = fair_cuts(layout, star.world)[star.rank]
-        self._star, self._segment = star, segment
+        self._star, self._segment, self._layout = star, segment, layout
         self._step = 0
-        slots = segment.rows[1:]
+        slots = segment.rows[1 : 1 + star.world]
         self.params: Tensor = segment.rows[0]
         self.grad: Tensor = slots[self.rank]
         self._slices = [slot[self.cut.start : self.cut.stop] for slot in slots]
+
+    @functools.cached_property
+    def vector(self) -> Tensor:
+        """The second vector, in the row after the gradients."""
+        check_memory(self._layout.num_bytes)
+        num_rows = 2 + self.world
+        stride = (self.grad.data_ptr() - self.params.data_ptr()) // (1 + self.rank)
+        os.ftruncate(self._segment.fd, num_rows * stride)
+        longer = Segment(
+            self._segment.fd, num_rows, self._layout.numel, self._layout.dtype, writable=True
+        )
+        return longer.rows[-1]
 
     @property
     def waits(self) -> tuple[tuple[int, ...], float]:
@@ -73,8 +87,8 @@ class SharedMemory:
         own, weight = terms.pop(self.rank)
         return weighted_sum_(own, weight, terms)
 
-    def publish(self) -> None:
-        """Wait until every rank has updated its slice."""
+    def publish(self, *, vector: bool = False) -> None:
+        """Wait until every rank has updated its slice; that of the second vector as well."""
         self._star.exchange(self._step, ())
 
     def close(self) -> None:

@@ -5,6 +5,7 @@
     clip       g to its bound, by the norm of the whole g; that takes one more exchange
     update     θ with g, the optimizer's rule on this rank's slice
     publish    θ; the next gradients are computed on it
+    average    θ after this update, on this rank's slice, if the run has an average
 
 "mean" is the gradient of the mean loss over the joined batch: as if one process had read all of it.
 "sum" adds the gradients of the ranks' own mean losses, whatever their numbers of samples. A step
@@ -16,6 +17,7 @@ arXiv:1910.02054.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +26,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from paramserver.averaged_state import with_average, without_average
+from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.optimizers import Optimizer, PushRule
+from paramserver.optimizers.base import needs_norm
 from paramserver.schedules import Schedule
 from sync.collective import Collective
 
@@ -50,6 +55,8 @@ class Report(NamedTuple):
     """1 if the run is to end after this step."""
     save: float = 0.0
     """Number of the latest save that is wanted; a new one is made after this step."""
+    show: float = 0.0
+    """1 if this rank wants a snapshot after this step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,7 @@ class Stepper:
         reduce: Reduce = "mean",
         clip: Clip | None = None,
         schedule: Schedule | None = None,
+        average: Average | None = None,
     ) -> None:
         """Update the slice that ``collective`` gives this rank.
 
@@ -87,16 +95,26 @@ class Stepper:
             reduce: How gradients become one.
             clip: Applied to the reduced gradient.
             schedule: Changes the learning rate with every update.
+            average: Of the parameters after each update.
         """
         self._collective, self._reduce, self._clip = collective, reduce, clip
         cut = collective.cut
         self._param = nn.Parameter(collective.params[cut.start : cut.stop], requires_grad=False)
         self.rule: PushRule = optimizer.build([self._param])
+        self._norm_needed = needs_norm(optimizer) or (clip is not None and clip.norm_needed)
         self.scheduler = None if schedule is None else schedule.build(self.rule)
+        self.averager = None if average is None else average.build(self._param.data)
+
+    def saved(self) -> dict[str, Any]:
+        """Return a copy of the state of the rule and the average."""
+        return copy.deepcopy(with_average(self.rule.state_dict(), self.averager))
 
     def restore(self, rule: dict[str, Any], scheduler: dict[str, Any] | None) -> None:
-        """Go on with a rule's and a schedule's saved state."""
+        """Go on with what `saved` gave and a schedule's saved state."""
+        rule, average = without_average(rule)
         self.rule.load_state_dict(rule)
+        if self.averager is not None:
+            self.averager.load_state_dict(average)
         if self.scheduler is not None and scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
 
@@ -111,16 +129,20 @@ class Stepper:
         if any(r.bad_layer >= 0 for r in reports):
             return Outcome(reports, applied=False)
         grad = self._collective.reduce(weights(self._reduce, [r.samples for r in reports]))
+        norm = math.nan
+        if self._norm_needed:
+            norms = self._collective.exchange(number, (_norm(grad),))
+            norm = math.hypot(*(of_slice for (of_slice,) in norms))
+        samples = sum(r.samples for r in reports)
+        self.rule.told(sum(r.loss * r.samples for r in reports) / samples, norm)
         if self._clip is not None:
-            norm = 0.0
-            if self._clip.norm_needed:
-                norms = self._collective.exchange(number, (_norm(grad),))
-                norm = math.hypot(*(of_slice for (of_slice,) in norms))
             self._clip.apply_(grad, norm)
         self.rule.apply([grad])
         if self.scheduler is not None:
             self.scheduler.step()
         self._collective.publish()
+        if self.averager is not None:
+            self.averager.update(self._param.data)
         return Outcome(reports, applied=True)
 
 

@@ -23,7 +23,9 @@ from typing import Any, Literal, NoReturn
 
 import ray
 import torch
+from torch import nn
 
+from paramserver.averaged_state import averaged, check_average
 from paramserver.checkpoint import Checkpoint, gather_state
 from paramserver.errors import (
     CheckpointError,
@@ -33,9 +35,11 @@ from paramserver.errors import (
     ServerTimeoutError,
 )
 from paramserver.layout import Layout
-from paramserver.optimizers import OPTIMIZERS, Optimizer
+from paramserver.optimizers import OPTIMIZERS, AnyOptimizer
 from paramserver.record import Result
+from paramserver.rounds import build_program
 from sync.actor import pack
+from sync.collective import fair_cuts
 from sync.crew import Crew, Lost
 from sync.desk import Part, Position, Status
 from sync.step import Reduce
@@ -58,7 +62,7 @@ class SyncTrainer:
     def __init__(
         self,
         task: Task,
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         config: RunConfig | None = None,
         *,
         reduce: Reduce = "mean",
@@ -69,7 +73,8 @@ class SyncTrainer:
 
         Args:
             task: What is trained.
-            optimizer: Applied to every reduced gradient.
+            optimizer: Applied to every reduced gradient; or a round program, whose requests all
+                workers answer together.
             config: Size, budget and deadlines.
             reduce: ``mean`` weights each worker's gradient by its samples, as one process would
                 that had read all batches; ``sum`` adds them.
@@ -90,6 +95,26 @@ class SyncTrainer:
         self.config = config or RunConfig()
         self.reduce: Reduce = reduce
         self.collective, self.progress = collective, progress
+        self.program = build_program(optimizer)  # to be looked at
+        self._check_program()
+
+    def _check_program(self) -> None:
+        """Raise ValueError for what a round program cannot be combined with."""
+        if self.program is None:
+            return
+        name = OPTIMIZERS.name_of(self.optimizer)
+        if self.config.clip is not None:
+            raise ValueError(
+                f"{name} is a round program: clipping would break its line searches and products"
+            )
+        if self.config.gradient != "reverse":
+            raise ValueError(
+                f"{name} is a round program, which needs exact gradients: use gradient=reverse"
+            )
+        if self.reduce != "mean":
+            raise ValueError(
+                f"{name} is a round program, which compares means over samples: use reduce='mean'"
+            )
 
     def fit(self) -> Result:
         """Run to the end, and return what came out.
@@ -99,6 +124,7 @@ class SyncTrainer:
         Raises:
             RunFailedError: The run broke; its record is complete up to then.
             ParamServerError: It could not start.
+            LayoutError: The model has more parameters than a round program can hold.
             ValueError: There are more workers than training samples.
         """
         layout = Layout.of(model := build_model(self.task, self.config.seed))
@@ -110,6 +136,7 @@ class SyncTrainer:
             raise CheckpointError(
                 f"{run.folder.path} was trained with {start.optimizer}, not {optimizer}"
             )
+        check_average(start.state, self.config.average)
         with ray_session(self.config.address, self.config.workers + 1):
             _Driver(self, plan, start, run).drive()
         return run.result()
@@ -117,8 +144,11 @@ class SyncTrainer:
     def _plan(self, layout: Layout, num_train: int) -> Plan:
         c = self.config
         batch_size = c.batch_size or self.task.batch_size
-        last = c.workers - 1
-        Batches(num_train, batch_size, seed=c.seed, worker=last, num_workers=c.workers)  # checks
+        if self.program is not None and self.program.whole:  # which may not hold that many
+            self.optimizer.build([nn.Parameter(torch.zeros(layout.numel, dtype=layout.dtype))])
+        if self.program is None:  # a rank may have no piece of a sample, but never no batch
+            last = c.workers - 1
+            Batches(num_train, batch_size, seed=c.seed, worker=last, num_workers=c.workers)
         clips_own = c.clip is not None and c.clip.where == "worker"
         return Plan(
             layout=layout,
@@ -129,6 +159,8 @@ class SyncTrainer:
             clip_own=c.clip if clips_own else None,
             clip_reduced=None if clips_own else c.clip,
             schedule=c.schedule,
+            average=c.average,
+            gradient=c.gradient,
             on_nan=c.on_nan,
             updates=c.updates,
             samples=None if c.epochs is None else math.ceil(c.epochs * num_train),
@@ -260,9 +292,11 @@ class _Driver:
 
     def _evaluate_last(self, checkpoint: Checkpoint) -> None:
         timeout_s = self._config.call_timeout_s
+        cuts = fair_cuts(self._plan.layout, self._config.workers)
+        params = averaged(checkpoint.params, checkpoint.state, self._plan.average, cuts)
         evaluated = None
         while evaluated is None:
-            self._crew.begin_evaluation((checkpoint.version, pack(checkpoint.params)))
+            self._crew.begin_evaluation((checkpoint.version, pack(params)))
             evaluated = self._evaluated(timeout_s)
             if evaluated is None and self._crew.is_evaluating:
                 raise ServerTimeoutError(0, "evaluating the last version", timeout_s)
@@ -321,6 +355,9 @@ class _Driver:
         """Make one checkpoint of every rank's share."""
         position = parts[0].position
         assert all(part.position == position for part in parts), "ranks save at the same step"
+        world = len(parts)
+        if parts[0].cut == range(self._plan.layout.numel):
+            parts = parts[:1]  # of a program that is whole, which every rank has alike
         state = gather_state([(part.cut, part.rule) for part in parts])
         clock = {"incarnation": 0, "seq": position.clock, "clock": position.clock}
         return Checkpoint(
@@ -329,16 +366,22 @@ class _Driver:
             params=torch.cat([part.params for part in parts]),
             optimizer=self._latest.optimizer,
             state=replace(state, schedule=parts[0].scheduler),
-            workers={str(rank): dict(clock) for rank in range(len(parts))},
-            extra={"mode": "sync", "gradients": position.gradients, "samples": position.samples},
+            workers={str(rank): dict(clock) for rank in range(world)},
+            extra={
+                "mode": "sync",
+                "gradients": position.gradients,
+                "samples": position.samples,
+                "rounds": None if self._t.program is None else position.version,
+            },
         )
 
 
 def _position(checkpoint: Checkpoint) -> Position:
     """Return where the run of ``checkpoint`` stands, also of an asynchronous one."""
     clocks = [table["clock"] for table in checkpoint.workers.values()]
+    rounds = checkpoint.extra.get("rounds")  # asynchronous versions count requests as well
     return Position(
-        version=checkpoint.version,
+        version=checkpoint.version if rounds is None else int(rounds),
         clock=max(clocks, default=0),
         gradients=int(checkpoint.extra.get("gradients", 0)),
         samples=int(checkpoint.extra.get("samples", 0)),

@@ -8,28 +8,29 @@ to be saved.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
-import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
+from paramserver.averaging import Average
 from paramserver.clipping import Clip
-from paramserver.errors import NonFiniteGradientError, ReplicaMismatchError
+from paramserver.errors import NonFiniteGradientError
 from paramserver.layout import Layout
-from paramserver.optimizers import Optimizer
+from paramserver.optimizers import AnyOptimizer, Optimizer
 from paramserver.schedules import Schedule
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position, Snapshot, Status
+from sync.replicas import check_equal
 from sync.step import Outcome, Reduce, Report, Stepper
 from workers.batches import Batches, seed_step
+from workers.estimate import GradientMode, estimate
 from workers.examples import Examples
 from workers.gradients import BoundModel
-from workers.task import Task, user_code
+from workers.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,8 @@ class Plan:
     """What every rank of a run is told, the same for all."""
 
     layout: Layout
-    optimizer: Optimizer
+    optimizer: AnyOptimizer
+    """A push rule, which `Trainee` runs, or a round program, which `sync.rounds` does."""
     seed: int
     batch_size: int
     """Samples in one rank's batch."""
@@ -47,6 +49,10 @@ class Plan:
     clip_reduced: Clip | None = None
     """Applied to the reduced gradient."""
     schedule: Schedule | None = None
+    average: Average | None = None
+    """Of the parameters after each update: what is shown and evaluated in their place."""
+    gradient: GradientMode = "reverse"
+    """How ranks compute their gradients for a push rule."""
     on_nan: Literal["drop", "stop"] = "stop"
     """Whether a step with a gradient that is not finite is left out, or ends the run."""
     updates: int | None = None
@@ -90,18 +96,29 @@ class Trainee:
             collective: The group; left to the caller to close.
             plan: What is trained and for how long.
         """
-        self._task, self._model, self._examples = task, model, examples
+        self._model, self._examples = model, examples
         self._collective, self._plan = collective, plan
+        self.cut = collective.cut
+        """What the rule of this rank updates."""
         self._stepper = Stepper(
             collective,
-            plan.optimizer,
+            cast(Optimizer, plan.optimizer),
             reduce=plan.reduce,
             clip=plan.clip_reduced,
             schedule=plan.schedule,
+            average=plan.average,
         )
         self._bound = BoundModel(model, plan.layout, [range(plan.layout.numel)])
         self._bound.read([collective.params])
-        self._bound.write_gradients_to([collective.grad])
+        self._compute = estimate(
+            plan.gradient,
+            task,
+            self._bound,
+            [range(plan.layout.numel)],
+            [collective.grad],
+            seed=plan.seed,
+            worker=collective.rank,
+        )
         self._batches = Batches(
             len(examples),
             plan.batch_size,
@@ -127,7 +144,7 @@ class Trainee:
             rule: The optimizer's state on this rank's slice; None before the first update.
             scheduler: The schedule's state.
         """
-        group, cut = self._collective, self._collective.cut
+        group, cut = self._collective, self.cut
         group.exchange(position.clock, ())
         group.params[cut.start : cut.stop] = params[cut.start : cut.stop]
         group.publish()
@@ -159,9 +176,8 @@ class Trainee:
                 if wanted > saved:
                     saved = wanted
                     desk.lay(self._part(saved))
-                if desk.show.is_set():
-                    desk.show.clear()
-                    desk.lay(Snapshot(self._position.version, self._collective.params.clone()))
+                if any(r.show for r in outcome.reports):
+                    self._show(desk, bool(outcome.reports[self._collective.rank].show))
                 if self._position.clock % plan.compare_every == 0:
                     self._compare()
             self._compare()
@@ -179,10 +195,7 @@ class Trainee:
         seed_step(self._plan.seed, self._collective.rank, clock)
         indices = self._batches.indices(clock)
         batch = self._examples.batch(indices)
-        with user_code(f"the loss of task {self._task.name!r}"):
-            loss = self._task.loss(self._model, batch)
-            norm = self._bound.backward(loss)
-        value = loss.item()
+        value, norm = self._compute(batch, clock)
         bad_layer = -1
         if not (math.isfinite(norm) and math.isfinite(value)):
             bad_layer = self._names.index(self._bound.nonfinite_layer() or "loss")
@@ -196,6 +209,7 @@ class Trainee:
             bad_layer=bad_layer,
             stop=desk.stop,
             save=desk.save,
+            show=desk.show.is_set(),
         )
 
     def _account(self, outcome: Outcome, status: Status) -> Status:
@@ -205,13 +219,11 @@ class Trainee:
             worker = outcome.culprit
             layer = self._names[int(reports[worker].bad_layer)]
             raise NonFiniteGradientError(worker, was.clock + 1, layer)
-        last = max(range(len(reports)), key=lambda rank: reports[rank].seconds)
-        waited_s = list(status.waited_s)
-        waited_s[last] += sum(reports[last].seconds - r.seconds for r in reports)
+        waited_s = blame(status.waited_s, [r.seconds for r in reports])
         if not outcome.applied:
             self._position = Position(was.version, was.clock + 1, was.gradients, was.samples)
             dropped = status.dropped + len(reports)
-            return Status(self._position, status.loss_sum, dropped, tuple(waited_s))
+            return Status(self._position, status.loss_sum, dropped, waited_s)
         samples = sum(r.samples for r in reports)
         self._position = Position(
             was.version + 1,
@@ -220,36 +232,43 @@ class Trainee:
             was.samples + int(samples),
         )
         loss = sum(r.loss * r.samples for r in reports) / samples
-        return Status(self._position, status.loss_sum + loss, status.dropped, tuple(waited_s))
+        return Status(self._position, status.loss_sum + loss, status.dropped, waited_s)
+
+    def _show(self, desk: Desk, is_wanted: bool) -> None:
+        """Bring the average of the parameters together where a rank wants them, or themselves."""
+        group, averager = self._collective, self._stepper.averager
+        mean = None if averager is None else averager.average()
+        if mean is not None:
+            group.exchange(self._position.clock, ())
+            group.vector[self.cut.start : self.cut.stop] = mean
+            group.publish(vector=True)
+        if is_wanted:
+            desk.show.clear()
+            shown = group.params if mean is None else group.vector
+            desk.lay(Snapshot(self._position.version, shown.clone()))
 
     def _part(self, number: int = 0) -> Part:
         """Copy this rank's share of the run's state."""
-        cut = self._collective.cut
+        cut = self.cut
         scheduler = self._stepper.scheduler
         return Part(
             number,
             self._position,
             cut,
             self._collective.params[cut.start : cut.stop].clone(),
-            copy.deepcopy(self._stepper.rule.state_dict()),
+            self._stepper.saved(),
             None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
         )
 
     def _compare(self) -> None:
         """Check that all ranks' models have the same parameters, to the last bit."""
-        clock = self._position.clock
-        mine = struct.unpack(">4H", fingerprint(self._model))  # whole numbers a double holds
-        table = self._collective.exchange(clock, mine)
-        hashes = {r: "".join(f"{int(word):04x}" for word in row) for r, row in enumerate(table)}
-        if len(set(hashes.values())) > 1:
-            raise ReplicaMismatchError(clock, hashes)
+        seen = (p for p in self._model.parameters() if p.requires_grad)
+        check_equal(self._collective, self._position.clock, seen)
 
 
-def fingerprint(model: nn.Module) -> bytes:
-    """Return 8 bytes that differ for different parameters, as the model itself sees them."""
-    digest = hashlib.blake2b(digest_size=8)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            flat = parameter.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.digest()
+def blame(waited_s: Sequence[float], seconds: Sequence[float]) -> tuple[float, ...]:
+    """Add to ``waited_s``, by rank, what all others waited for the slowest of ``seconds``."""
+    last = max(range(len(seconds)), key=lambda rank: seconds[rank])
+    waited = list(waited_s)
+    waited[last] += sum(seconds[last] - s for s in seconds)
+    return tuple(waited)

@@ -16,8 +16,11 @@ from paramserver.layout import Layout
 from paramserver.messages import Kind, Message
 from paramserver.transports.shared_memory import SharedMemoryConnection
 from workers.batches import Batches
+from workers.estimate import GradientMode
 from workers.gradients import BoundModel
 from workers.loop import Finished, train
+from workers.oracles import Oracle
+from workers.pieces import answer
 from workers.task import Task, build_data, build_model, evaluate, recalibrate_batchnorm
 
 
@@ -34,6 +37,8 @@ class Servers:
     """Seconds an answer may take."""
     wait_s: float
     """Seconds an answer may take when a rule may make the worker wait."""
+    slot_rows: int = 1
+    """Rows of a slot; more than one for a round program that asks for matrices."""
 
     def connect(self, worker: int, incarnation: int) -> Client:
         """Join as ``worker``, or as a reader if it is below 0: followers first, then the leader."""
@@ -63,6 +68,7 @@ class Servers:
             len(self.cuts[shard]),
             hello,
             dtype=self.layout.dtype,
+            slot_rows=self.slot_rows,
             timeout_s=self.timeout_s,
         )
 
@@ -90,6 +96,7 @@ class Worker:
         num_workers: int,
         batch_size: int,
         clip: Clip | None,
+        gradient: GradientMode = "reverse",
     ) -> Finished:
         """Train until the run has ended."""
         batches = Batches(
@@ -109,8 +116,15 @@ class Worker:
                 self._examples,
                 batches,
                 seed=self._seed,
+                gradient=gradient,
                 clip=clip,
             )
+
+    def answer(self, servers: Servers, worker: int, incarnation: int) -> Finished:
+        """Answer a round program's requests until the run has ended."""
+        oracle = Oracle(self._task, self._model, servers.layout, self._examples, self._seed)
+        with servers.connect(worker, incarnation) as client:
+            return answer(oracle, servers.cuts, client)
 
 
 class Evaluator:

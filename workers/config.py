@@ -6,10 +6,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.schedules import Schedule
+from workers.estimate import GradientMode
 from workers.task import is_minimised
 
 
@@ -40,6 +42,13 @@ class RunConfig:
 
     schedule: Schedule | None = None
     """Learning-rate schedule, stepped by applied updates; None keeps the rate."""
+
+    average: Average | None = None
+    """Average of the parameters after each update, evaluated in their place; None has none."""
+
+    gradient: GradientMode = "reverse"
+    """How workers compute gradients for a push rule: by ``reverse`` mode, by ``forward`` mode,
+    which takes a pass a parameter, or as a ``random`` forward gradient, unbiased, in one pass."""
 
     on_nan: Literal["drop", "stop"] = "stop"
     """What a gradient with NaN or infinity does: it is dropped and counted, or stops the run."""
@@ -86,6 +95,10 @@ class RunConfig:
         for name in ("wait_timeout_s", "call_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0 s, got {getattr(self, name)}")
+        if self.gradient not in get_args(GradientMode):
+            raise ValueError(
+                f"gradient must be {' or '.join(get_args(GradientMode))}, got {self.gradient!r}"
+            )
         if self.on_nan not in ("drop", "stop"):
             raise ValueError(f"on_nan must be 'drop' or 'stop', got {self.on_nan!r}")
         if self.until is not None:

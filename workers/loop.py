@@ -12,9 +12,10 @@ from paramserver.client import Client, Ended
 from paramserver.clipping import Clip
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step
+from workers.estimate import GradientMode, estimate
 from workers.examples import Batch, Examples
 from workers.gradients import BoundModel
-from workers.task import Task, user_code
+from workers.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ def train(
     batches: Batches,
     *,
     seed: int,
+    gradient: GradientMode = "reverse",
     clip: Clip | None = None,
     before_push: Callable[[int], None] | None = None,
 ) -> Finished:
@@ -50,6 +52,7 @@ def train(
         examples: The training data.
         batches: Which samples are read at each clock.
         seed: Of the run; seeds what is random in each step.
+        gradient: How it is computed.
         clip: Applied to each gradient before it is pushed.
         before_push: Called with the clock before each push; for faults and tests.
 
@@ -57,7 +60,7 @@ def train(
         ParamServerError: What ended the run early, as the server says it.
     """
     bound = BoundModel(model, layout, cuts)
-    bound.write_gradients_to(client.slots)
+    compute = estimate(gradient, task, bound, cuts, client.slots, seed=seed, worker=client.worker)
     model.train()
 
     def prepare(clock: int) -> Batch:
@@ -69,10 +72,7 @@ def train(
     batch = prepare(client.clock)
     while not isinstance(reading, Ended):
         bound.read(reading.params)
-        with user_code(f"the loss of task {task.name!r}"):
-            loss = task.loss(model, batch)
-            norm = bound.backward(loss)
-        value = loss.item()
+        value, norm = compute(batch, client.clock)
         layer = ""
         if not (math.isfinite(norm) and math.isfinite(value)):
             layer = bound.nonfinite_layer() or "loss"

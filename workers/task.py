@@ -74,6 +74,14 @@ class Task:
     batch_size: int = 32
     """Samples in one worker's batch, unless the run says otherwise."""
 
+    sample_targets: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    """Draws targets from the distribution that the model's outputs stand for.
+
+    It gets outputs, one sample a row, and returns what may stand in the place of a batch's last
+    tensor. The loss must be the negative logarithm of that distribution's density, up to a
+    constant. The Fisher matrix's diagonal takes it; nothing else does.
+    """
+
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 sample or more, got {self.batch_size}")

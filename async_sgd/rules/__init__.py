@@ -7,11 +7,12 @@ and a state machine that it builds; `paramserver.rules` says what the machine is
 from async_sgd.rules.asynchronous import Asynchronous
 from async_sgd.rules.bounded import BoundedStaleness
 from async_sgd.rules.gathering import BSP, KofN, NSoftsync
+from async_sgd.rules.pieces import Pieces
 from async_sgd.rules.ssp import SSP
 from paramserver.registry import Registry
 from paramserver.rules import RuleSpec
 
-__all__ = ["BSP", "RULES", "SSP", "Asynchronous", "BoundedStaleness", "KofN", "NSoftsync"]
+__all__ = ["BSP", "RULES", "SSP", "Asynchronous", "BoundedStaleness", "KofN", "NSoftsync", "Pieces"]
 
 RULES: Registry[RuleSpec] = Registry("rule")
 RULES.register("asp", Asynchronous, source="Dean et al., NIPS 2012")
@@ -26,3 +27,4 @@ RULES.register(
     "k-of-n", KofN, source="Chen et al., arXiv:1604.00981; Dutta et al., arXiv:1803.01113"
 )
 RULES.register("softsync", NSoftsync, source="Zhang et al., IJCAI 2016, arXiv:1511.05950")
+RULES.register("pieces", Pieces, source="Dean et al., NIPS 2012 (Sandblaster); arXiv:1605.06049")

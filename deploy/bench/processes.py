@@ -43,6 +43,8 @@ class Processes:
 
     def __init__(self) -> None:
         self._actors: list[Any] = []
+        self.named: dict[str, Any] = {}
+        """Actors that are asked for something after the measurement, by name."""
 
     def start(self, actor_class: type, *args: Any) -> Any:
         """Start an actor of a plain class; at-most-once calls, no restarts."""

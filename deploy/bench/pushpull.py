@@ -30,6 +30,7 @@ Measure = Callable[[int], list[float]]
 
 COPIED, IN_PLACE = f"{OURS}, copied in", f"{OURS}, in place"
 LIMIT = "memory limit"
+SERVER = "our server"
 
 SIZES = ((1024, 200), (2**18, 50), (2**20, 25), (2**23, 10), (2**25, 6))
 """Floats, and repeats a round."""
@@ -83,7 +84,21 @@ def measure(
                 except Exception as error:
                     report.failed(name, error)
                     del contenders[name]
+        if SERVER in processes.named:
+            report.note(memory_of(ask([processes.named[SERVER].memory.remote()])[0]))
         return rounds
+
+
+def memory_of(server: dict[str, int]) -> str:
+    """Say what a server's process takes beside the vectors that it cannot do without."""
+    mib = {name: size / 2**20 for name, size in server.items()}
+    # parameters, momentum, and a snapshot for the one client and one more
+    beyond = mib["resident"] - 4 * mib["model"]
+    return (
+        f"the server's process: {mib['resident']:,.0f} MiB resident for a model of "
+        f"{mib['model']:,.1f} MiB; {beyond:,.0f} MiB beyond parameters, optimizer state and two "
+        f"snapshots"
+    )
 
 
 def start_ours(processes: Processes, numel: int) -> dict[str, Measure]:
@@ -95,6 +110,7 @@ def start_ours(processes: Processes, numel: int) -> dict[str, Measure]:
     shard = processes.adopt(
         ShardActor.options(num_cpus=0).remote(config, torch.zeros(numel).numpy())
     )
+    processes.named[SERVER] = shard
     ask([shard.lead.remote(Sequencer(Asynchronous().build(1)), [], 30.0)])
     client = processes.start(OurClient, address, numel, f"{token} flat")
 

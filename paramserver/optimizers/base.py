@@ -40,6 +40,16 @@ class PushRule(torch.optim.Optimizer):
         super().__init_subclass__()
         cls._plain_step = inspect.unwrap(cls.step)
 
+    def told(self, loss: float, norm: float) -> None:
+        """Hear of the gradient that `apply` is called with next; most rules don't care.
+
+        The parameters are still those before the step. All shards hear the same numbers.
+
+        Args:
+            loss: Mean loss over the samples of the gradient.
+            norm: L2 norm of the whole gradient over all shards; NaN if nobody measured it.
+        """
+
     def apply(self, grads: Sequence[Tensor], scale: float = 1.0) -> None:
         """Take one step on ``grads``, made ``scale`` times as long.
 
@@ -81,6 +91,11 @@ class Optimizer(Protocol):
 
     def build(self, params: Sequence[nn.Parameter]) -> PushRule:
         """Make the rule that updates ``params``, with fresh state."""
+
+
+def needs_norm(optimizer: object) -> bool:
+    """Whether the rule of ``optimizer`` must be told the norm of each gradient it applies."""
+    return bool(getattr(optimizer, "norm_needed", False))
 
 
 def has_fused_kernel(params: Iterable[Tensor]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paramserver.errors import ServerLostError, ServerTimeoutError
-from paramserver.messages import Message, decode, encode
+from paramserver.messages import Kind, Message, decode, encode
 from paramserver.transports import Server
 
 
@@ -23,13 +23,19 @@ class Host:
     """One shard's place in the network: its memory, its inbox, its connections."""
 
     def __init__(
-        self, network: Network, numel: int, capacity: int, dtype: torch.dtype = torch.float32
+        self,
+        network: Network,
+        numel: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        slot_rows: int = 1,
     ) -> None:
-        """Make room for ``capacity`` snapshot buffers of ``numel`` elements."""
+        """Make room for ``capacity`` snapshot buffers of ``numel`` elements, and larger slots."""
         self.buffers: Sequence[Tensor] = [torch.zeros(numel, dtype=dtype) for _ in range(capacity)]
         self.server: Server | None = None
         self._network = network
-        self._new_slot = lambda: torch.zeros(numel, dtype=dtype)
+        self._new_slot = lambda: torch.zeros(slot_rows * numel, dtype=dtype)
         self._slots: dict[Hashable, Tensor] = {}
 
     def slot(self, conn: Hashable) -> Tensor:
@@ -86,13 +92,15 @@ class Network:
 class Link:
     """The connection between a leader and a follower."""
 
-    def __init__(self, network: Network, follower: Host) -> None:
-        self._network, self._follower = network, follower
+    def __init__(self, network: Network, leader: Host, follower: Host) -> None:
+        self._network, self._leader, self._follower = network, leader, follower
 
     def deliver(self, message: Message, sender: Host) -> None:
-        """Take an order to the follower; its welcome, the only answer, is not waited for."""
+        """Take a message to the other end; a follower's welcome is not waited for."""
         if sender is not self._follower:
             self._network.post(self._follower, self, message)
+        elif message.kind != Kind.WELCOME:
+            self._network.post(self._leader, self, message)
 
 
 class MemoryConnection:

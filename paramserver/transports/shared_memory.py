@@ -177,17 +177,26 @@ class Host:
     """A shard's process: its segments, its listening socket, and the thread that serves both."""
 
     def __init__(
-        self, address: str, numel: int, capacity: int, dtype: torch.dtype = torch.float32
+        self,
+        address: str,
+        numel: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        slot_rows: int = 1,
     ) -> None:
         """Listen at ``address`` with room for ``capacity`` snapshot buffers of ``numel`` elements.
+
+        A slot has room for ``slot_rows`` times as many.
 
         Raises:
             ResourceError: Not Linux, too little memory, or the address is taken.
         """
         if not sys.platform.startswith("linux"):
             raise ResourceError("the shared memory transport needs Linux (memfd_create)")
-        check_memory(2 * capacity * numel * dtype.itemsize)  # a snapshot and a gradient a reader
-        self._numel, self._dtype = numel, dtype
+        # a snapshot and a gradient a reader
+        check_memory((1 + slot_rows) * capacity * numel * dtype.itemsize)
+        self._slot_numel, self._dtype = slot_rows * numel, dtype
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._listener.bind(_abstract(address))
@@ -256,6 +265,9 @@ class Host:
         self._server = server
         self._poller.register(self._listener, select.EPOLLIN)
         self._poller.register(self._wakeup, select.EPOLLIN)
+        for link in self._followers:
+            self._links[link.sock.fileno()] = link
+            self._poller.register(link.sock, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="shard", daemon=True)
         self._thread.start()
 
@@ -276,7 +288,7 @@ class Host:
 
     def _slot(self, conn: Hashable) -> Segment:
         if conn not in self._slots:
-            self._slots[conn] = Segment.create("paramserver-slot", 1, self._numel, self._dtype)
+            self._slots[conn] = Segment.create("paramserver-slot", 1, self._slot_numel, self._dtype)
         return self._slots[conn]
 
     def _run(self) -> None:
@@ -365,9 +377,10 @@ class SharedMemoryConnection:
         hello: Message,
         *,
         dtype: torch.dtype = torch.float32,
+        slot_rows: int = 1,
         timeout_s: float = 60.0,
     ) -> None:
-        """Connect, say ``hello`` and map the shard's memory.
+        """Connect, say ``hello`` and map the shard's memory, slots of ``slot_rows * numel`` too.
 
         Raises:
             ServerLostError: Nobody listens at ``address``.
@@ -389,7 +402,7 @@ class SharedMemoryConnection:
             raise
         if self.welcome.kind == Kind.WELCOME and len(fds) == 2:
             self._snapshots = Segment.attach(fds[0], numel, dtype, writable=False)
-            self._slot = Segment.attach(fds[1], numel, dtype, writable=True)
+            self._slot = Segment.attach(fds[1], slot_rows * numel, dtype, writable=True)
             self.buffers: Sequence[Tensor] = self._snapshots.rows
             self.slot: Tensor = self._slot.rows[0]
             return

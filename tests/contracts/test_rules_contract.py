@@ -33,7 +33,8 @@ every_rule = pytest.mark.parametrize(
 
 
 def test_every_registered_rule_is_held_to_the_contract() -> None:
-    assert EXAMPLES.keys() == {entry.name for entry in RULES}
+    held_elsewhere = {"pieces"}  # it hands out requests: test_pieces, test_rounds_contract
+    assert EXAMPLES.keys() | held_elsewhere == {entry.name for entry in RULES}
 
 
 @every_rule

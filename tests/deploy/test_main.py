@@ -335,11 +335,11 @@ def test_a_users_module_that_does_not_import_shows_where(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "name a command: train, list, report, bench (see `paramserver --help`)"),
+        ("", "name a command: train, list, experiment, report, bench (see `paramserver --help`)"),
         (
             "trian",
             "there is no command 'trian'; did you mean train? "
-            "(there are train, list, report, bench)",
+            "(there are train, list, experiment, report, bench)",
         ),
         (
             "train --worker 3",
@@ -362,7 +362,7 @@ def test_a_users_module_that_does_not_import_shows_where(
         (
             "train --rule spp",
             "--rule: there is no rule 'spp'; did you mean 'ssp'? "
-            "(there are asp, bounded, bsp, k-of-n, softsync, ssp)",
+            "(there are asp, bounded, bsp, k-of-n, pieces, softsync, ssp)",
         ),
         (
             "train --rule ssp:slack=1",
@@ -392,8 +392,8 @@ def test_a_users_module_that_does_not_import_shows_where(
         ("train --config no.toml", "--config no.toml cannot be read: No such file or directory"),
         (
             "list rule",
-            "there is no list of 'rule'; there are tasks, optimizers, rules, dampings, schedules, "
-            "clips",
+            "there is no list of 'rule'; there are tasks, optimizers, rules, dampings, "
+            "averages, schedules, clips",
         ),
         ("report", "the following arguments are required: DIR"),
         ("bench speed", "there is no benchmark 'speed'; there are pushpull, train, allreduce"),
@@ -435,7 +435,7 @@ def test_what_does_not_exist_is_one_line_and_exits_with_2(
         (
             "worker = 3",
             "run.toml: there is no key 'worker'; did you mean workers? (there are address, "
-            "batch_size, ",
+            "average, batch_size, ",
         ),
         ("config = 'b.toml'", "run.toml: there is no key 'config' (there are "),
     ],

@@ -33,6 +33,7 @@ MESSAGES = st.builds(
     staleness=INT64,
     samples=INT32,
     buffer=INT32,
+    vector=INT32,
     step=INT32,
     scale=FLOAT,
     loss=FLOAT,

@@ -62,7 +62,8 @@ def upstream_database() -> list[Any]:
         "torch.testing._internal.common_optimizers"
     ).optim_db
     hypothesis.settings.load_profile(profile)
-    torch.backends.__allow_nonbracketed_mutation_flag = True
+    vars_of = torch.backends.flags_frozen.__globals__  # the module itself is a stand-in
+    vars_of["__allow_nonbracketed_mutation_flag"] = True
     return database
 
 
@@ -463,8 +464,11 @@ def test_the_registry_names_the_optimizers() -> None:
     names = {entry.name for entry in OPTIMIZERS}
 
     assert names == {
-        *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "torch")
+        *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw"),
+        *("torch", "subgradient", "coordinate", "cg", "bfgs", "lbfgs", "newton", "newton-cg"),
+        *("saddle-free", "ksd", "natural"),
     }
+    assert all({"kind", "asynchronous", "memory"} <= entry.facts.keys() for entry in OPTIMIZERS)
     assert all(entry.source for entry in OPTIMIZERS)
 
 

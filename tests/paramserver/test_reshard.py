@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -151,7 +152,27 @@ FIRST, SECOND = range(64), range(64, 128)
         ([part(SECOND)], r"gap or overlap at element 0"),
         (
             [part(FIRST, rows=torch.zeros(8)), part(SECOND, rows=torch.zeros(8))],
-            r"^rows of shard 0 has shape \(8,\): only vectors",
+            r"^rows of shard 0 has shape \(8,\): only tensors whose last dimension is the",
+        ),
+        (
+            [part(FIRST, rows=torch.zeros(64, 8)), part(SECOND, rows=torch.zeros(64, 8))],
+            r"^rows of shard 0 has shape \(64, 8\): only tensors",
+        ),
+        (
+            [part(range(64), m=torch.zeros(64)), part(range(64, 192), m=torch.zeros(64))],
+            r"^m of shard 0 has shape \(64,\): only tensors",
+        ),
+        (
+            [part(FIRST, pairs=torch.zeros(3, 64)), part(SECOND, pairs=torch.zeros(2, 64))],
+            r"^the shape of pairs, without its length, is torch\.Size\(\[2\]\) on shard 1",
+        ),
+        (
+            [part(FIRST, pairs=torch.zeros(2, 64)), part(SECOND, pairs=torch.zeros(64))],
+            r"^the shape of pairs, without its length, is torch\.Size\(\[\]\) on shard 1",
+        ),
+        (
+            [part(FIRST, m=torch.zeros(64)), part(SECOND, m=torch.zeros(64).double())],
+            r"^the dtype of m is torch\.float64 on shard 1 and torch\.float32 on shard 0",
         ),
     ],
 )
@@ -160,6 +181,45 @@ def test_shards_that_do_not_fit_together_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         gather_state(parts)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0,), (2, 3)])
+def test_a_history_is_joined_and_cut_along_its_last_dimension(shape: tuple[int, ...]) -> None:
+    whole = torch.arange(math.prod(shape) * 192.0).view(*shape, 192)
+    cuts, new_cuts = (range(64), range(64, 192)), (range(128), range(128, 192))
+    parts = [part(c, pairs=whole[..., c.start : c.stop].clone(), rounds=4) for c in cuts]
+
+    state = gather_state(parts)
+
+    assert torch.equal(state.tensors["pairs"], whole)
+    assert state.scalars == {"rounds": 4}
+    for cut in new_cuts:
+        own = scatter_state(state, cut)["state"][0]
+        assert torch.equal(own["pairs"], whole[..., cut.start : cut.stop])
+        assert own["pairs"].is_contiguous()
+        assert own["pairs"].untyped_storage().nbytes() == 4 * math.prod(shape) * len(cut)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_matrix_of_a_whole_program_passes_through_in_one_part(transposed: bool) -> None:
+    matrix = torch.randn(192, 192, generator=torch.Generator().manual_seed(0))
+    matrix = matrix.T if transposed else matrix
+
+    state = gather_state([part(range(192), inverse=matrix, g=torch.ones(192), k=3)])
+
+    own = scatter_state(state, range(192))["state"][0]
+    assert torch.equal(own["inverse"], matrix)
+    assert torch.equal(own["g"], torch.ones(192))
+    assert own["k"] == 3
+    own["inverse"].zero_()
+    assert state.tensors["inverse"].abs().sum() > 0
+
+
+def test_a_history_past_the_end_is_refused() -> None:
+    state = OptimizerState({"pairs": torch.zeros(192, 64)}, {}, {})
+
+    with pytest.raises(LayoutError, match=r"^pairs has 64 elements, so it cannot be cut at"):
+        scatter_state(state, range(64, 128))
 
 
 def test_a_part_past_the_end_is_refused() -> None:

@@ -38,7 +38,9 @@ def take(s: Shard, grad: Tensor, version: int, worker: int = 0, **of: float) -> 
 
 
 def read(s: Shard, worker: int) -> int:
-    return s.execute(order(Action.READ, worker, s.version))
+    lease = s.execute(order(Action.READ, worker, s.version))
+    assert lease is not None
+    return lease.buffer
 
 
 def test_an_update_nobody_reads_is_written_in_place() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from paramserver.client import Client
 from paramserver.clipping import Clip
 from paramserver.messages import Kind, Message
 from paramserver.optimizers import SGD, Optimizer
+from paramserver.round_server import RoundFollower, RoundLeader
+from paramserver.round_shard import RoundShard
+from paramserver.rounds import RoundOptimizer
 from paramserver.rules import Rule
 from paramserver.schedules import Schedule
 from paramserver.sequencer import Sequencer
@@ -45,30 +48,50 @@ class Cluster:
         params: Tensor,
         *,
         shards: int = 1,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | RoundOptimizer | None = None,
         rule: Rule | None = None,
         readers: int = 5,
         schedule: Schedule | None = None,
         clip: Clip | None = None,
+        num_examples: int = 0,
+        rounds: int | None = None,
+        slot_rows: int = 1,
         **sequencer: Any,
     ) -> None:
+        """Start shards; those of a round program if ``num_examples`` are given."""
         self.cuts = split(params.numel(), shards)
+        self.num_examples, self.rounds, self.dtype = num_examples, rounds, params.dtype
+        self.slot_rows, self._readers = slot_rows, readers
         self.sequencer = Sequencer(rule or Asynchronous().build(readers), **sequencer)
         self._optimizer = optimizer or SGD(lr=1.0)
-        self._capacity = readers + 1
+        self._capacity = 2 * readers + 2 if num_examples else readers + 1
         self._clients: list[Client] = []
         self._prepare()
-        self.shards = [
-            Shard(
-                params[cut.start : cut.stop],
-                self._optimizer,
-                self._buffers(i),
-                schedule=schedule,
-                clip=clip,
-            )
+        self.shards: list[Any] = [
+            self._make_shard(params[cut.start : cut.stop], cut, self._buffers(i), schedule, clip)
             for i, cut in enumerate(self.cuts)
         ]
         self._start()
+
+    def _make_shard(
+        self,
+        params: Tensor,
+        cut: range,
+        buffers: Sequence[Tensor],
+        schedule: Schedule | None,
+        clip: Clip | None,
+    ) -> Shard | RoundShard:
+        if not self.num_examples:
+            optimizer = cast(Optimizer, self._optimizer)
+            return Shard(params, optimizer, buffers, schedule=schedule, clip=clip)
+        return RoundShard(
+            params,
+            cast(RoundOptimizer, self._optimizer),
+            buffers,
+            cut=cut,
+            num_rows=self.slot_rows,
+            schedule=schedule,
+        )
 
     def join(self, worker: int, incarnation: int = 1, **client: Any) -> Client:
         """Join as the worker actor does: followers first, then the leader."""
@@ -91,6 +114,8 @@ class Cluster:
     def params(self) -> Tensor:
         """Return the parameters now."""
         self.settle()
+        if self.num_examples:
+            return torch.cat([shard.runner.x for shard in self.shards])
         return torch.cat([shard.snapshots.params for shard in self.shards])
 
     def column(self, name: str) -> list[Any]:
@@ -109,13 +134,28 @@ class Cluster:
     def _serve(self, hosts: Sequence[Any], links: Sequence[Any]) -> list[Follower]:
         """Make the servers; ``links`` lead to the followers."""
         common = {"token": TOKEN, "fingerprint": FINGERPRINT}
-        self.leader = Leader(
-            self.shards[0], hosts[0], hosts[0].send, self.sequencer, followers=links, **common
-        )
+        parts = (self.shards[0], hosts[0], hosts[0].send, self.sequencer)
+        if self.num_examples:
+            self.leader = RoundLeader(
+                *parts,
+                followers=links,
+                num_examples=self.num_examples,
+                num_workers=self._readers,
+                rounds=self.rounds,
+                **common,
+            )
+        else:
+            self.leader = Leader(*parts, followers=links, **common)
+        kind = RoundFollower if self.num_examples else Follower
         return [
-            Follower(shard, host, host.send, **common)
+            kind(shard, host, host.send, **common)
             for shard, host in zip(self.shards[1:], hosts[1:], strict=True)
         ]
+
+    def _begin(self) -> None:
+        """Make a round program's first request."""
+        if isinstance(self.leader, RoundLeader):
+            self.leader.begin(0.0)
 
     def connect(
         self,
@@ -166,18 +206,24 @@ class MemoryCluster(Cluster):
 
     def _prepare(self) -> None:
         self.network = type(self).make_network()
-        self.hosts = [memory.Host(self.network, len(cut), self._capacity) for cut in self.cuts]
+        self.hosts = [
+            memory.Host(
+                self.network, len(cut), self._capacity, self.dtype, slot_rows=self.slot_rows
+            )
+            for cut in self.cuts
+        ]
 
     def _buffers(self, shard: int) -> Sequence[Tensor]:
         return self.hosts[shard].buffers
 
     def _start(self) -> None:
-        links = [memory.Link(self.network, host) for host in self.hosts[1:]]
+        links = [memory.Link(self.network, self.hosts[0], host) for host in self.hosts[1:]]
         followers = self._serve(self.hosts, links)
         self.hosts[0].server = self.leader
         for follower, host, link in zip(followers, self.hosts[1:], links, strict=True):
             host.server = follower
             follower.on_message(link, Message(Kind.LEAD, text=f"{TOKEN} {FINGERPRINT}"), 0.0)
+        self._begin()
 
     def connect(
         self, shard: int, worker: int, incarnation: int, text: str = f"{TOKEN} {FINGERPRINT}"
@@ -217,7 +263,9 @@ class SharedMemoryCluster(Cluster):
         name = f"test-{os.getpid()}-{next(_names)}"
         self.addresses = [f"{name}/{i}" for i in range(len(self.cuts))]
         self.hosts = [
-            shared_memory.Host(address, len(cut), self._capacity)
+            shared_memory.Host(
+                address, len(cut), self._capacity, self.dtype, slot_rows=self.slot_rows
+            )
             for address, cut in zip(self.addresses, self.cuts, strict=True)
         ]
 
@@ -232,13 +280,21 @@ class SharedMemoryCluster(Cluster):
         links += [self.hosts[0].lead(address, hello, 5.0) for address in self.addresses[1:]]
         self._serve(self.hosts, links)
         self.hosts[0].serve(self.leader)
+        with self.hosts[0].lock:
+            self._begin()
 
     def connect(
         self, shard: int, worker: int, incarnation: int, text: str = f"{TOKEN} {FINGERPRINT}"
     ) -> tuple[Connection, Message]:
         hello = Message(Kind.HELLO, worker=worker, incarnation=incarnation, text=text)
         connection = shared_memory.SharedMemoryConnection(
-            self.addresses[shard], shard, len(self.cuts[shard]), hello, timeout_s=5.0
+            self.addresses[shard],
+            shard,
+            len(self.cuts[shard]),
+            hello,
+            dtype=self.dtype,
+            slot_rows=self.slot_rows,
+            timeout_s=5.0,
         )
         return connection, connection.welcome
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from paramserver.errors import PeerLostError, ProtocolError
 from paramserver.layout import Layout
-from sync.collective import CHUNK, Collective, Table, fair_cuts, weighted_sum_
+from sync.collective import (
+    CHUNK,
+    MAX_VALUES,
+    Collective,
+    Table,
+    add_up,
+    fair_cuts,
+    weighted_sum_,
+)
 from tests.support.ranks import KINDS, Kind, group, results
 
 LAYOUT = Layout.of(nn.Linear(40, 30))  # 1200 + 30 parameters in 20 blocks
@@ -113,6 +121,85 @@ def test_published_slices_are_seen_by_all(kind: Kind) -> None:
     seen = results(group(kind, LAYOUT, 3, body))
 
     assert all(torch.equal(params, gradient(7)) for params in seen)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_second_vector_is_shared_beside_parameters_and_gradients(kind: Kind, world: int) -> None:
+    def body(collective: Collective) -> list[Tensor]:
+        seen = []
+        cut = collective.cut
+        for turn in range(3):
+            collective.exchange(turn, ())
+            seen.append(collective.vector.clone())
+            collective.exchange(turn, ())
+            collective.params[cut.start : cut.stop] = gradient(turn)[cut.start : cut.stop]
+            collective.vector[cut.start : cut.stop] = gradient(10 + turn)[cut.start : cut.stop]
+            collective.publish(vector=True)
+            seen += [collective.vector.clone(), collective.params.clone()]
+            collective.grad.fill_(1.0)
+            collective.exchange(turn, ())
+            seen.append(collective.reduce([1.0] * world).clone())
+        return seen
+
+    came_out = results(group(kind, LAYOUT, world, body))
+
+    for seen in came_out:
+        before = torch.zeros(LAYOUT.numel)
+        for turn in range(3):
+            was, vector, params, reduced = seen[4 * turn : 4 * turn + 4]
+            assert torch.equal(was, before)
+            assert torch.equal(vector, gradient(10 + turn))
+            assert torch.equal(params, gradient(turn))
+            assert (reduced == world).all()
+            before = vector
+
+
+def test_a_second_vector_is_made_late_and_by_whoever_needs_it_first(kind: Kind) -> None:
+    def body(collective: Collective) -> Tensor:
+        cut = collective.cut
+        if collective.rank == 1:
+            assert not collective.vector.any()
+        collective.exchange(1, ())
+        collective.publish()  # others need not have it yet
+        collective.exchange(2, ())
+        collective.vector[cut.start : cut.stop] = gradient(7)[cut.start : cut.stop]
+        collective.publish(vector=True)
+        return collective.vector.clone()
+
+    seen = results(group(kind, LAYOUT, 3, body))
+
+    assert all(torch.equal(vector, gradient(7)) for vector in seen)
+
+
+def test_rows_are_reduced_one_at_a_time(kind: Kind) -> None:
+    def body(collective: Collective) -> Tensor:
+        rows = []
+        for row in range(4):
+            collective.grad.copy_(gradient(10 * row + collective.rank))
+            collective.exchange(1, ())
+            rows.append(collective.reduce([1.0, 2.0, 3.0]).clone())
+            collective.publish()
+        return torch.stack(rows)
+
+    slices = results(group(kind, LAYOUT, 3, body))
+
+    for row in range(4):
+        expected = sum((1 + r) * gradient(10 * row + r).double() for r in range(3))
+        whole = torch.cat([rows[row] for rows in slices]).double()
+        assert isinstance(expected, Tensor)
+        torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sums_have_the_bits_of_an_addition_in_the_order_of_the_ranks(kind: Kind) -> None:
+    def values(rank: int) -> Tensor:  # more than one exchange carries
+        generator = torch.Generator().manual_seed(rank)
+        return 10.0 ** (8 * rank) * torch.randn(90, 101, generator=generator, dtype=torch.float64)
+
+    sums = results(group(kind, LAYOUT, 3, lambda c: add_up(c, 1, values(c.rank))))
+
+    expected = (values(0) + values(1)) + values(2)
+    assert values(0).numel() > MAX_VALUES
+    assert all(torch.equal(total, expected) for total in sums)
 
 
 def test_ranks_of_a_tiny_model_may_own_nothing(kind: Kind) -> None:

@@ -120,10 +120,27 @@ def test_too_little_memory_is_said_before_anything_starts(
         host.form(LAYOUT, 2, TOKEN, 5.0)
 
 
-def test_a_group_leaves_no_open_file() -> None:
+def test_too_little_memory_for_a_second_vector_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_memory(needed: int) -> None:
+        if needed == LAYOUT.num_bytes:
+            raise ResourceError(f"{needed} bytes")
+
+    monkeypatch.setattr(shared, "check_memory", check_memory)
+
+    came_out = group("shared_memory", LAYOUT, 2, lambda c: c.vector)
+
+    assert all(isinstance(error, ResourceError) for error in came_out)
+
+
+@pytest.mark.parametrize("use", [lambda c: None, lambda c: c.vector.fill_(1.0)])
+def test_a_group_leaves_no_open_file(use: Callable[[Any], object]) -> None:
     before = open_files()
 
-    results(group("shared_memory", LAYOUT, 3, lambda c: c.exchange(1, ())))
+    def body(collective: Any) -> None:
+        use(collective)
+        collective.exchange(1, ())
+
+    results(group("shared_memory", LAYOUT, 3, body))
 
     assert open_files() == before
 

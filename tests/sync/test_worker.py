@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paramserver.averaging import AllIterates, Average, LastIterates
 from paramserver.checkpoint import gather_state, scatter_state
 from paramserver.clipping import ClipNorm
 from paramserver.errors import (
@@ -24,7 +25,8 @@ from paramserver.layout import Layout
 from paramserver.optimizers import SGD, Adam, Optimizer
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position, Snapshot
-from sync.worker import Finished, Plan, Trainee, fingerprint
+from sync.replicas import fingerprint
+from sync.worker import Finished, Plan, Trainee
 from tests.support.ranks import KINDS, Kind, group, results
 from workers.batches import Batches
 from workers.examples import Batch, Data, TensorExamples
@@ -232,6 +234,43 @@ def test_a_snapshot_is_the_parameters_of_one_version() -> None:
     torch.testing.assert_close(snapshot.params, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("average", [AllIterates(), LastIterates(n=2), AllIterates(start=9)])
+def test_an_average_is_shown_and_never_acts_on_the_run(average: Average, kind: Kind) -> None:
+    shown: list[Part | Snapshot] = []
+
+    class Watched(Desk):
+        def lay(self, answer: Part | Snapshot) -> None:
+            shown.append(answer)
+
+    desk = Watched()
+    with_it = plan(updates=5, average=average)
+    came = results(train(with_it, kind=kind, desks={0: desk}, task=on_step(3, desk.show.set)))
+
+    (snapshot,) = shown
+    assert isinstance(snapshot, Snapshot)
+    version = snapshot.version
+    assert version in (3, 4)
+    first = {AllIterates(): 1, LastIterates(n=2): version - 1}.get(average, version)
+    iterates = [on_joined_batch(SGD(lr=0.1), t, 2) for t in range(first, version + 1)]
+    torch.testing.assert_close(snapshot.params, torch.stack(iterates).mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(params(came), on_joined_batch(SGD(lr=0.1), 5, 2), rtol=0, atol=1e-6)
+
+
+def test_an_average_goes_on_as_if_never_stopped() -> None:
+    def averaging(updates: int) -> Plan:
+        return plan(Adam(lr=0.01), updates=updates, average=AllIterates())
+
+    straight = results(train(averaging(9)))
+
+    saved = [one.part for one in results(train(averaging(4)))]
+    resumed = results(train(averaging(9), parts=saved))
+
+    for mine, theirs in zip(resumed, straight, strict=True):
+        torch.testing.assert_close(mine.part.rule, theirs.part.rule, rtol=0, atol=0)
+    assert torch.equal(params(resumed), params(straight))
+
+
 def spoiled(when: int, who: int, value: float = math.nan) -> Task:
     """Return the task with a loss that one rank spoils at one step, from 1 on."""
     names = threading.local()
@@ -345,5 +384,5 @@ def test_fingerprints_differ_by_a_bit() -> None:
         first = next(other.parameters()).view(-1)
         first[0] = torch.nextafter(first[0], torch.tensor(9.0))
 
-    assert fingerprint(model) == fingerprint(same)
-    assert fingerprint(model) != fingerprint(other)
+    assert fingerprint(model.parameters()) == fingerprint(same.parameters())
+    assert fingerprint(model.parameters()) != fingerprint(other.parameters())

@@ -14,14 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paramserver.averaged_state import averaged
+from paramserver.averaging import AllIterates
 from paramserver.checkpoint import load_checkpoint
 from paramserver.errors import CheckpointError, RunFailedError
-from paramserver.optimizers import Adam, Momentum
+from paramserver.optimizers import LBFGS, Adam, Momentum
 from paramserver.record import Result
 from sync.trainer import SyncTrainer
 from tests.support.processes import kill_and_wait, titled
 from workers.config import RunConfig
-from workers.task import Data, Task, TensorExamples
+from workers.task import Data, Task, TensorExamples, build_model, evaluate
 from workers.tasks import task
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
@@ -87,6 +89,81 @@ def nothing_is_left(cluster: None) -> Iterator[None]:
     while left := titled("ray::Rank") + titled("ray::Evaluator"):
         assert time.monotonic() < deadline, f"processes {left} are left"
         time.sleep(0.1)
+
+
+def run_digits(out: Path, **options: Any) -> Result:
+    """Train digits with L-BFGS; ``options`` are the trainer's or the configuration's."""
+    trainers = {k: options.pop(k) for k in ("progress", "collective") if k in options}
+    folder = {} if "resume" in options else {"out": out}
+    values = {"workers": 2, "updates": 30, "evaluate_every_s": 0, **folder, **options}
+    return SyncTrainer(task("digits"), LBFGS(), RunConfig(**values), **trainers).fit()
+
+
+@pytest.mark.parametrize("collective", ["shared_memory", "gloo"])
+def test_lbfgs_learns_digits_in_rounds(tmp_path: Path, collective: str) -> None:
+    result = run_digits(tmp_path / "run", collective=collective, evaluate_every_s=0.2)
+
+    record = result.record
+    num_train = len(task("digits").data().train)
+    assert result.stopped_because == "30 updates"
+    assert result.metrics["accuracy"] >= 0.93
+    assert (record["mode"], record["collective"]) == ("sync", collective)
+    assert record["samples"] >= 30 * num_train
+    assert record["samples"] % num_train == 0
+    assert record["failures"] == []
+
+
+def test_rounds_go_on_from_the_last_finished_one_whatever_happens(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def interrupt(status: Mapping[str, Any]) -> None:
+        if status["updates"] > 3:
+            raise KeyboardInterrupt
+
+    def note(status: Mapping[str, Any]) -> None:
+        seen.append(status["updates"])
+        look(status)
+
+    look, killed = once_at(5, "ray::Rank", kill_and_wait)
+    run_digits(tmp_path / "straight", updates=400)
+    stopped = run_digits(tmp_path / "run", updates=400, progress=interrupt)
+    run_digits(
+        tmp_path / "run",
+        updates=400,
+        resume=tmp_path / "run",
+        progress=note,
+        checkpoint_every_s=0.2,
+        wait_timeout_s=20,
+    )
+
+    assert stopped.stopped_because == "interrupted"
+    assert killed
+    assert torch.equal(params(tmp_path / "run"), params(tmp_path / "straight"))
+
+
+def test_an_average_is_what_is_evaluated_and_goes_on_exactly(tmp_path: Path) -> None:
+    average = AllIterates(start=UPDATES - 500)
+    run(tmp_path / "straight", average=average)
+
+    def interrupt(status: Mapping[str, Any]) -> None:
+        if status["updates"] > 100:
+            raise KeyboardInterrupt
+
+    run(tmp_path / "run", progress=interrupt, average=average)
+    resumed = run(tmp_path / "run", resume=tmp_path / "run", average=average)
+
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint")
+    straight = load_checkpoint(tmp_path / "straight" / "checkpoint")
+    assert torch.equal(saved.params, straight.params)
+    numel = saved.layout.numel
+    means = [averaged(c.params, c.state, average, [range(numel)]) for c in (saved, straight)]
+    assert torch.equal(*means)
+    model = build_model(small_task(), 0)
+    saved.layout.load(model, means[0])
+    loss = evaluate(small_task(), model, small_task().data().test)["loss"]
+    assert resumed.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    with pytest.raises(CheckpointError, match="had an average"):
+        run(tmp_path / "run", resume=tmp_path / "run")
 
 
 def test_digits_reach_97_percent_and_that_ends_the_run(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.task import Data, Task, TensorExamples
-from workers.tasks.classification import accuracy, cross_entropy, mlp
+from workers.tasks.classification import accuracy, cross_entropy, mlp, sample_classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class Digits:
             data=_digits,
             loss=cross_entropy,
             metrics=accuracy,
+            sample_targets=sample_classes,
         )
 
 

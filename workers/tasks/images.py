@@ -11,7 +11,7 @@ from torch import nn
 from workers.datafiles import DataSet
 from workers.datasets import FASHION_MNIST, MNIST, read_images
 from workers.task import Batch, Data, Task, TensorExamples
-from workers.tasks.classification import accuracy, cross_entropy, mlp
+from workers.tasks.classification import accuracy, cross_entropy, mlp, sample_classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,7 @@ class ImageTask:
             data=partial(_load, data, self.data_dir, self.download, mean, std),
             loss=cross_entropy,
             metrics=accuracy,
+            sample_targets=sample_classes,
             batch_size=64,
         )
 

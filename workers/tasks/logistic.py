@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,6 +35,7 @@ class Logistic:
             data=partial(_load, self.data_dir, self.download),
             loss=logistic_loss,
             metrics=sign_accuracy,
+            sample_targets=sample_signs,
         )
 
 
@@ -47,6 +49,12 @@ def sign_accuracy(model: nn.Module, batch: Batch) -> dict[str, float]:
     """Return the share of samples whose label, ±1, has the sign of the model's output."""
     features, labels = batch
     return {"accuracy": ((model(features).squeeze(1) > 0) == (labels > 0)).double().mean().item()}
+
+
+def sample_signs(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a label ±1 for each output z, shape ``(n, 1)``; +1 with chance 1 / (1 + exp(-z))."""
+    chances = outputs.squeeze(1).sigmoid()
+    return torch.bernoulli(chances, generator=generator) * 2 - 1
 
 
 def _linear() -> nn.Module:

@@ -56,22 +56,27 @@ class Quadratic:
             loss=_mean_loss,
             metrics=_distance,
             headline="distance",
+            sample_targets=partial(_points_around, self.condition),
         )
 
 
 class _Bowl(nn.Module):
-    """Half the squared distance from x to each point, weighted by A; x starts at 0."""
+    """Predicts x for every point, x starting at 0; holds the diagonal of A."""
 
     curvature: Tensor
 
     def __init__(self, dim: int, condition: float) -> None:
         super().__init__()
         self.x = nn.Parameter(torch.zeros(dim))
-        entries = torch.logspace(0.0, -math.log10(condition), dim, dtype=torch.float64).float()
-        self.register_buffer("curvature", entries)
+        self.register_buffer("curvature", _curvature(dim, condition))
 
     def forward(self, points: Tensor) -> Tensor:
-        return (self.x - points).square() @ self.curvature / 2
+        return self.x.expand(len(points), -1)
+
+
+def _curvature(dim: int, condition: float) -> Tensor:
+    """Return the diagonal of A, float32."""
+    return torch.logspace(0.0, -math.log10(condition), dim, dtype=torch.float64).float()
 
 
 def _points(num_points: int, dim: int, noise: float) -> Data:
@@ -84,9 +89,19 @@ def _points(num_points: int, dim: int, noise: float) -> Data:
 
 
 def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean over points b of (x - b)^T A (x - b) / 2.
+
+    It is the negative logarithm of the normal density of mean x and covariance A^-1.
+    """
     (points,) = batch
-    loss: Tensor = model(points).mean()
-    return loss
+    losses: Tensor = (model(points) - points).square() @ model.curvature / 2
+    return losses.mean()
+
+
+def _points_around(condition: float, predicted: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a point for each x in ``predicted``, shape ``(n, dim)``, from that density."""
+    noise = torch.randn(predicted.shape, generator=generator, dtype=predicted.dtype)
+    return predicted + noise / _curvature(predicted.shape[1], condition).to(predicted.dtype).sqrt()
 
 
 def _distance(model: nn.Module, batch: Batch) -> dict[str, float]:

@@ -1,0 +1,401 @@
+"""The processes of one asynchronous run: shards, workers and an evaluator, from start to end.
+
+The driver looks a few times a second, evaluates consistent snapshots, writes checkpoints, replaces
+workers that died, and ends the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import torch
+
+from paramserver.actor import RoundsConfig, ShardActor, ShardConfig
+from paramserver.checkpoint import Checkpoint, gather_state, scatter_state
+from paramserver.clipping import Clip
+from paramserver.errors import (
+    ParamServerError,
+    ResourceError,
+    RunFailedError,
+    ServerLostError,
+    ServerTimeoutError,
+)
+from paramserver.layout import Layout
+from paramserver.ledger import Ledger
+from paramserver.optimizers import AnyOptimizer
+from paramserver.rounds import RoundProgram
+from paramserver.rules import Damping, RuleSpec
+from paramserver.sequencer import Budget, Progress, Sequencer
+from paramserver.shard import Saved
+from workers.actor import EvaluatorActor, Servers, WorkerActor
+from workers.config import RunConfig
+from workers.loop import Finished
+from workers.run import Run
+from workers.task import Task
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+"""Seconds between two looks at the run."""
+
+_STOP_S = 10.0
+"""Seconds workers have to come back after the run was ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a fleet is to train, and how."""
+
+    task: Task
+    optimizer: AnyOptimizer
+    program: RoundProgram | None
+    """What the optimizer builds, if that is a round program."""
+    config: RunConfig
+    rule: RuleSpec
+    damping: Damping | None
+    layout: Layout
+    cuts: tuple[range, ...]
+    num_train: int
+    """Training samples."""
+    described: Mapping[str, object]
+    """The optimizer, as the record holds it."""
+    progress: Callable[[Mapping[str, Any]], None] | None
+
+
+class Fleet:
+    """The processes of one run, from start to end."""
+
+    def __init__(self, plan: Plan, start: Checkpoint, run: Run) -> None:
+        """Describe the processes that go on from ``start``; `start` makes them."""
+        self._plan, self._config = plan, plan.config
+        self._layout, self._cuts = plan.layout, plan.cuts
+        self._start, self._run = start, run
+        self._token = secrets.token_hex(16)
+        name = secrets.token_hex(6)
+        self._addresses = tuple(f"{name}/{i}" for i in range(len(plan.cuts)))
+        self._servers = Servers(
+            addresses=self._addresses,
+            cuts=plan.cuts,
+            layout=plan.layout,
+            token=self._token,
+            timeout_s=self._config.call_timeout_s,
+            wait_s=self._config.wait_timeout_s + self._config.call_timeout_s,
+            slot_rows=self._slot_rows,
+        )
+        self._shards: list[Any] = []
+        self._workers: dict[int, Any] = {}
+        self._runs: dict[Any, int] = {}  # the run() call of each worker
+        self._incarnations = {
+            w: start.workers.get(str(w), {}).get("incarnation", 0)
+            for w in range(self._config.workers)
+        }
+        self._evaluator: Any = None
+        self._evaluation: Any = None
+        self._task_ref = ray.put(plan.task)
+        cores = len(os.sched_getaffinity(0))
+        self._threads = self._config.threads or max(1, cores // self._config.workers)
+        self._clip_at_worker, self._clip_at_shard = self._place_clip()
+
+    def start(self) -> None:
+        """Start every process, all at once, and let the workers go."""
+        if self._config.address is not None:
+            self._check_resources()
+        for shard in range(len(self._cuts)):
+            self._start_shard(shard)
+        self._evaluator = EvaluatorActor.options(num_cpus=0).remote(
+            self._task_ref, self._config.seed, 1
+        )
+        for worker in range(self._config.workers):
+            self._spawn(worker)
+        timeout_s = self._config.call_timeout_s
+        self._get([shard.follow.remote() for shard in self._shards[1:]], "starting the shards")
+        lead = self._shards[0].lead.remote(self._sequencer(), self._addresses[1:], timeout_s)
+        self._get([lead], "starting the shards")
+        ready = [w.pid.remote() for w in (*self._workers.values(), self._evaluator)]
+        self._get(ready, "starting the workers")
+        self._get([self._evaluator.connect.remote(self._servers)], "connecting the evaluator")
+        self._run.started()
+        for worker in self._workers:
+            self._let_go(worker)
+
+    def watch(self) -> None:
+        """Look after the run until it has ended, then write what it left."""
+        while self._runs:
+            done, _ = ray.wait(list(self._runs), timeout=_POLL_S)
+            for ref in done:
+                self._came_back(ref)
+            status = self._status()
+            reached = self._evaluate_when_due()
+            if reached is not None:
+                self._stop(reached)
+            if self._run.checkpoint_is_due() and status["ended"] is None:
+                self._checkpoint()
+            self._run.tell(status, self._plan.progress)
+            if status["error"] is not None:
+                self._fail(status["error"])
+            if status["ended"] is not None and not self._drain():
+                break
+        self._finish(str(self._status()["ended"] or "every worker left"))
+
+    def end(self, reason: str) -> None:
+        """End the run before its time, in order."""
+        if not self._shards or self._run.started_at is None:
+            raise KeyboardInterrupt
+        self._stop(reason)
+        self._drain()
+        self._finish(reason)
+
+    def close(self) -> None:
+        """End every process; nothing of the run stays behind."""
+        with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            ray.get([shard.close.remote() for shard in self._shards], timeout=5)
+        for actor in (*self._workers.values(), *self._shards, self._evaluator):
+            if actor is not None:
+                ray.kill(actor)
+
+    def _sequencer(self) -> Sequencer:
+        c = self._config
+        samples = None if c.epochs is None else math.ceil(c.epochs * self._plan.num_train)
+        counters: Mapping[str, Any] = self._start.extra
+        progress = Progress(
+            version=self._start.version,
+            gradients=int(counters.get("gradients", 0)),
+            samples=int(counters.get("samples", 0)),
+            workers={int(w): dict(table) for w, table in self._start.workers.items()},
+        )
+        ledger = Ledger.load(self._run.folder.updates) if self._run.resumed else None
+        return Sequencer(
+            self._plan.rule.build(c.workers),
+            damping=self._plan.damping,
+            budget=Budget(updates=None if self._plan.program else c.updates, samples=samples),
+            on_nan="pass" if self._plan.program else c.on_nan,
+            wait_timeout_s=c.wait_timeout_s,
+            progress=progress,
+            ledger=ledger,
+            expected=c.workers,
+        )
+
+    def _start_shard(self, index: int) -> None:
+        cut = self._cuts[index]
+        state = self._start.state
+        config = ShardConfig(
+            index=index,
+            address=self._addresses[index],
+            capacity=self._capacity(),
+            token=self._token,
+            fingerprint=self._layout.fingerprint,
+            optimizer=self._plan.optimizer,
+            schedule=self._config.schedule,
+            clip=self._clip_at_shard,
+            average=self._config.average,
+            version=self._start.version,
+            rule_state=None if state is None else scatter_state(state, cut),
+            schedule_state=None if state is None else state.schedule,
+            rounds=self._rounds(cut),
+        )
+        params = self._start.params[cut.start : cut.stop].numpy()
+        self._shards.append(ShardActor.options(num_cpus=0).remote(config, params))
+
+    @property
+    def _slot_rows(self) -> int:
+        """Rows of a slot: a whole program may ask for a matrix."""
+        program = self._plan.program
+        return self._layout.numel if program is not None and program.whole else 1
+
+    def _capacity(self) -> int:
+        """Buffers of a shard: for workers, a replacement, the evaluator, and one to write.
+
+        A request of a round program may show two vectors.
+        """
+        needed = self._config.workers + 3
+        return needed if self._plan.program is None else 2 * needed
+
+    def _rounds(self, cut: range) -> RoundsConfig | None:
+        if self._plan.program is None:
+            return None
+        return RoundsConfig(
+            cut=cut,
+            num_rows=self._slot_rows,
+            num_examples=self._plan.num_train,
+            num_workers=self._config.workers,
+            finished=int(self._start.extra.get("rounds", 0)),
+            last=self._config.updates,
+        )
+
+    def _spawn(self, worker: int) -> None:
+        cpus = 1 if self._config.address is not None else 0
+        self._workers[worker] = WorkerActor.options(num_cpus=cpus).remote(
+            self._task_ref, self._config.seed, self._threads
+        )
+
+    def _let_go(self, worker: int) -> None:
+        self._incarnations[worker] += 1
+        if self._plan.program is not None:
+            ref = self._workers[worker].answer.remote(
+                self._servers, worker, self._incarnations[worker]
+            )
+            self._runs[ref] = worker
+            return
+        batch_size = self._config.batch_size or self._plan.task.batch_size
+        ref = self._workers[worker].run.remote(
+            self._servers,
+            worker,
+            self._incarnations[worker],
+            self._config.workers,
+            batch_size,
+            self._clip_at_worker,
+            self._config.gradient,
+        )
+        self._runs[ref] = worker
+
+    def _came_back(self, ref: Any) -> None:
+        """A worker's call has ended: it has finished, it died, or it brings the run's error."""
+        worker = self._runs.pop(ref)
+        try:
+            finished: Finished = ray.get(ref, timeout=self._config.call_timeout_s)
+        except ray.exceptions.RayActorError:
+            if self._run.failed(f"worker {worker}") > self._config.max_failures:
+                self._fail(
+                    ResourceError(
+                        f"{self._run.num_failures} processes were lost; raise max_failures to go on"
+                    )
+                )
+            if self._status()["ended"] is None:
+                self._spawn(worker)
+                self._let_go(worker)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, ServerLostError | ServerTimeoutError):
+                cause = self._why_lost() or cause
+            self._fail(cause)
+        else:
+            assert finished.reason
+
+    def _why_lost(self) -> BaseException | None:
+        """Ask the shards what happened to the one that workers lost; it knows better than they."""
+        for index, shard in enumerate(self._shards):
+            try:
+                failure = self._get([shard.failure.remote()], f"asking shard {index}")[0]
+            except RunFailedError as error:
+                return error
+            if failure is not None:
+                return RunFailedError(f"shard {index} failed: {failure}")
+        return None
+
+    def _status(self) -> dict[str, Any]:
+        status: dict[str, Any] = self._get([self._shards[0].status.remote()], "asking shard 0")[0]
+        return status
+
+    def _evaluate_when_due(self) -> str | None:
+        """Start an evaluation when one is due, take its result when it is there.
+
+        Returns why the run is to end, if the metrics reach the target.
+        """
+        if self._evaluation is None and self._run.evaluation_is_due():
+            self._evaluation = self._evaluator.evaluate.remote()
+        if self._evaluation is None:
+            return None
+        done, _ = ray.wait([self._evaluation], timeout=0)
+        if not done:
+            return None
+        version, metrics = self._get([self._evaluation], "evaluating")[0]
+        self._evaluation = None
+        return self._run.evaluated(version, metrics, self._status())
+
+    def _checkpoint(self) -> None:
+        saved, progress, ledger = self._get([self._shards[0].save.remote()], "saving")[0]
+        timeout_s = self._config.call_timeout_s
+        others = [s.saved.remote(saved.version, timeout_s) for s in self._shards[1:]]
+        parts: list[Saved] = [saved, *self._get(others, "saving")]
+        state = gather_state(
+            [(cut, part.rule) for cut, part in zip(self._cuts, parts, strict=True)]
+        )
+        checkpoint = Checkpoint(
+            layout=self._layout,
+            version=saved.version,
+            params=torch.cat([part.params for part in parts]),
+            optimizer=dict(self._plan.described),
+            state=replace(state, schedule=saved.scheduler),
+            workers={str(w): table for w, table in progress.workers.items()},
+            extra={
+                "mode": "async",
+                "gradients": progress.gradients,
+                "samples": progress.samples,
+                "rounds": saved.rounds,
+            },
+        )
+        self._run.save(checkpoint, ledger)
+
+    def _stop(self, reason: str) -> None:
+        self._get([self._shards[0].stop.remote(reason)], "stopping")
+
+    def _drain(self) -> bool:
+        """Wait for the workers to come back; False if some did not in time."""
+        deadline = time.monotonic() + _STOP_S
+        while self._runs and time.monotonic() < deadline:
+            done, _ = ray.wait(list(self._runs), timeout=_POLL_S)
+            for ref in done:
+                worker = self._runs.pop(ref)
+                try:
+                    ray.get(ref, timeout=self._config.call_timeout_s)
+                except ray.exceptions.RayError as error:
+                    logger.info("worker %d ended with %s", worker, type(error).__name__)
+        return not self._runs
+
+    def _finish(self, reason: str) -> None:
+        """Evaluate and save the last version and write the record."""
+        if self._evaluation is not None:
+            self._get([self._evaluation], "evaluating")
+        version, metrics = self._get([self._evaluator.evaluate.remote()], "evaluating")[0]
+        status = self._status()
+        self._run.evaluated(version, metrics, status)
+        self._checkpoint()
+        summary = self._get([self._shards[0].summary.remote()], "reading the ledger")[0]
+        self._run.finish(reason, status, summary)
+
+    def _fail(self, error: BaseException) -> None:
+        """Write the record of a run that broke, and raise why."""
+        with contextlib.suppress(ParamServerError, ray.exceptions.RayError):
+            self._stop(str(error))
+            self._drain()
+            self._finish(f"error: {error}")
+        raise RunFailedError(str(error), str(self._run.folder.path)) from error
+
+    def _get(self, refs: Sequence[Any], doing: str) -> list[Any]:
+        """Get actors' answers within the deadline; errors say what was being done."""
+        timeout_s = self._config.call_timeout_s
+        try:
+            return list(ray.get(list(refs), timeout=timeout_s))
+        except ray.exceptions.GetTimeoutError as error:
+            raise ServerTimeoutError(0, doing, timeout_s) from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayActorError as error:
+            raise RunFailedError(
+                f"a server process was lost while {doing}; go on from the last checkpoint with "
+                f"resume={self._run.folder.path}",
+                str(self._run.folder.path),
+            ) from error
+
+    def _place_clip(self) -> tuple[Clip | None, Clip | None]:
+        """Clip at the worker unless the averaged gradient is asked for."""
+        clip = self._config.clip
+        at_shard = clip is not None and clip.where == "reduced"
+        return (None, clip) if at_shard else (clip, None)
+
+    def _check_resources(self) -> None:
+        wanted, there = self._config.workers, ray.cluster_resources().get("CPU", 0)
+        if wanted > there:
+            raise ResourceError(
+                f"{wanted} workers need {wanted} CPUs and the cluster at {self._config.address} "
+                f"has {there:g}: use fewer workers or add nodes"
+            )

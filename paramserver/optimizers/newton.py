@@ -1,0 +1,369 @@
+"""Newton's method: the step to the bottom of the quadratic that fits where one stands.
+
+With gradient g, Hessian H, damping λ and learning rate η:
+
+    Newton             d = -(H + λI)⁻¹ g      λ grows until H + λI is positive definite
+    NewtonCG           d ≈ -(H + λI)⁻¹ g      by conjugate gradients, until the residual is at most
+                                              min(½, √|g|) |g|; where they meet pᵀHp ≤ 0, d = p
+    SaddleFreeNewton   d = -(|H| + λI)⁻¹ g    |H| has H's eigenvectors and their eigenvalues' sizes
+    all                x ← x + t d            t = η, shortened until the loss falls enough
+
+Newton's method itself is drawn to saddle points: on x² - y² its first step ends on one. ``Newton``
+does that with ``plain`` (λ as given, t = η); otherwise all three go downhill.
+
+``Newton`` and ``SaddleFreeNewton`` hold H, n x n, and each owner all of x. ``NewtonCG`` needs
+products with H only and runs on slices.
+
+Source: Nocedal & Wright, "Numerical Optimization", 2006, algorithms 3.2, 3.3 and 7.1; Martens,
+"Deep learning via Hessian-free optimization", ICML 2010 (Gauss-Newton products); Dauphin et al.,
+"Identifying and attacking the saddle point problem in high-dimensional non-convex optimization",
+NIPS 2014, arXiv:1406.2572.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from paramserver.errors import CurvatureError
+from paramserver.optimizers.base import check_from_0
+from paramserver.optimizers.conjugate_gradient import Product, cg_solve
+from paramserver.optimizers.line_search import (
+    NotFound,
+    Point,
+    backtracking,
+    begin,
+    check_search,
+    remember,
+    stop_at,
+    strong_wolfe,
+)
+from paramserver.rounds import (
+    Answer,
+    Ask,
+    Kind,
+    Request,
+    Round,
+    RoundProgram,
+    Sample,
+    Step,
+    check_holds,
+    dots,
+    finite,
+)
+
+_LIMIT = 2000
+
+
+class _DenseProgram(RoundProgram):
+    """A step from the whole Hessian, and a search along it. ``memory`` holds what `begin` uses."""
+
+    whole: ClassVar[bool] = True
+
+    def round(self, x: Tensor) -> Round:
+        """Make one step from ``x``, shape ``(n,)``.
+
+        Raises:
+            CurvatureError: The loss, the gradient or the Hessian is not finite.
+        """
+        settings, memory = self.settings, self.memory
+        on = Sample("gradient", settings["batch"])
+        start = yield from begin(x, on, memory)
+        if (stop := stop_at(start, settings["tolerance"], on)) is not None or start.square == 0:
+            return Step(x, start.loss, stop)
+
+        answer = yield Ask("hessian", x, Sample("curvature", settings["curvature_batch"]))
+        h = answer.rows.double()
+        finite(float(h.sum()), "the sum of the Hessian")
+        h = (h + h.T) / 2  # rounding leaves it not quite symmetric
+        d = self._direction(h, start.gradient.double()).to(x.dtype)
+        if settings.get("plain"):
+            return Step(x.add(d, alpha=settings["lr"]), start.loss)
+
+        (slope,) = (yield from dots((start.gradient, d))).tolist()
+        found = yield from backtracking(start, d, slope, on=on, first=settings["lr"])
+        if isinstance(found, NotFound):
+            return _stay(start, found, settings)
+        end = found.point
+        remember(end, on, memory)
+        return Step(end.x, start.loss, stop_at(end, settings["tolerance"], on))
+
+    def _direction(self, h: Tensor, g: Tensor) -> Tensor:
+        """Return d from the Hessian and the gradient, float64."""
+        raise NotImplementedError
+
+
+class NewtonProgram(_DenseProgram):
+    """Newton's method with the whole Hessian."""
+
+    def _direction(self, h: Tensor, g: Tensor) -> Tensor:
+        damping = self.settings["damping"]
+        if self.settings["plain"]:
+            return plain_newton_step(h, g, damping=damping)
+        least = 10 * torch.finfo(self._param.dtype).eps
+        return newton_step(h, g, damping=damping, least=least)
+
+
+class SaddleFreeNewtonProgram(_DenseProgram):
+    """Newton's method with the Hessian's eigenvalues made positive."""
+
+    def _direction(self, h: Tensor, g: Tensor) -> Tensor:
+        settings = self.settings
+        return saddle_free_step(h, g, damping=settings["damping"], floor=settings["floor"])
+
+
+class NewtonCGProgram(RoundProgram):
+    """Newton's method by products with the Hessian, on slices. ``memory``: what `begin` uses."""
+
+    def round(self, x: Tensor) -> Round:
+        """Make one step from ``x``, own slice, shape ``(n,)``.
+
+        Raises:
+            CurvatureError: The loss, the gradient or a product is not finite.
+        """
+        settings, memory = self.settings, self.memory
+        on = Sample("gradient", settings["batch"])
+        start = yield from begin(x, on, memory)
+        if (stop := stop_at(start, settings["tolerance"], on)) is not None or start.square == 0:
+            return Step(x, start.loss, stop)
+
+        solution = yield from cg_solve(
+            self._product(x),
+            -start.gradient,
+            tolerance=min(0.5, start.norm**0.5),
+            max_iterations=settings["cg_iterations"],
+        )
+        # a direction of negative curvature has no length of its own: that search also goes further
+        bent = solution.direction
+        d, search = (solution.x, backtracking) if bent is None else (bent, strong_wolfe)
+        (slope,) = (yield from dots((start.gradient, d))).tolist()
+        found = yield from search(start, d, slope, on=on, first=settings["lr"])
+        if isinstance(found, NotFound):
+            return _stay(start, found, settings)
+        end = found.point
+        remember(end, on, memory)
+        return Step(end.x, start.loss, stop_at(end, settings["tolerance"], on))
+
+    def _product(self, x: Tensor) -> Product:
+        """Return what multiplies by H + λI at ``x``."""
+        settings = self.settings
+        kind: Kind = "ggnvp" if settings["curvature"] == "gauss-newton" else "hvp"
+        sample = Sample("curvature", settings["curvature_batch"])
+
+        def product(v: Tensor) -> Generator[Request, Any, Tensor]:
+            answer: Answer = yield Ask(kind, x, sample, v)
+            return answer.vector.add(v, alpha=settings["damping"])
+
+        return product
+
+
+def _stay(start: Point, found: NotFound, settings: dict[str, Any]) -> Step:
+    """Return the end of a round that found no lower point; if the next would too, of the run."""
+    repeats = settings["batch"] is None and settings["curvature_batch"] is None
+    return Step(start.x, start.loss, f"along Newton's direction, {found}" if repeats else None)
+
+
+def newton_step(h: Tensor, g: Tensor, *, damping: float, least: float) -> Tensor:
+    """Return d = -(H + λI)⁻¹ g, with λ grown from ``damping`` until H + λI is positive definite.
+
+    Parameters on which neither H nor g depends, such as padding, stay where they are.
+
+    Args:
+        h: The symmetric matrix H, shape ``(n, n)``, float64.
+        g: The gradient, shape ``(n,)``, float64.
+        damping: The first λ, 0 or more, in units of H.
+        least: The least pivot that counts as above 0, as a share of H's largest element; about the
+            precision that H was computed with.
+    """
+    used = (h != 0).any(0) | (g != 0)
+    d = torch.zeros_like(g)
+    if not used.any():
+        return d
+    a = h[used][:, used]
+    size = float(a.abs().max()) or 1.0
+    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    lam = damping
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(a + lam * identity)
+        if not failed and float(factor.diagonal().min()) ** 2 > least * size:
+            break
+        lam = max(10 * lam, 10 * least * size)
+    d[used] = -torch.cholesky_solve(g[used, None], factor)[:, 0]
+    return d
+
+
+def plain_newton_step(h: Tensor, g: Tensor, *, damping: float) -> Tensor:
+    """Return d = -(H + λI)⁻¹ g, uphill too; arguments as those of `newton_step`.
+
+    Raises:
+        CurvatureError: H + λI is singular.
+    """
+    used = (h != 0).any(0) | (g != 0)
+    a = h[used][:, used]
+    a.diagonal().add_(damping)
+    solution, failed = torch.linalg.solve_ex(a, g[used])
+    if failed:
+        raise CurvatureError("the Hessian's determinant", 0.0)
+    d = torch.zeros_like(g)
+    d[used] = -solution
+    return d
+
+
+def saddle_free_step(h: Tensor, g: Tensor, *, damping: float, floor: float) -> Tensor:
+    """Return d = -(|H| + λI)⁻¹ g; arguments as those of `newton_step`.
+
+    Args:
+        h: The symmetric matrix H.
+        g: The gradient.
+        damping: λ.
+        floor: The least size of an eigenvalue of H, as a share of the largest; below it, the
+            floor stands for it.
+    """
+    values, vectors = torch.linalg.eigh(h)
+    sizes = values.abs()
+    sizes = sizes.clamp(min=floor * (float(sizes.max()) or 1.0)) + damping
+    d: Tensor = -(vectors @ ((vectors.T @ g) / sizes))
+    return d
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Newton:
+    """Newton steps with the whole Hessian, kept downhill; small models."""
+
+    lr: float = 1.0
+    """First step tried along Newton's direction; 1 is Newton's own."""
+
+    damping: float = 0.0
+    """λ, 0 or more, in units of H; it grows where H + λI is not positive definite."""
+
+    plain: bool = False
+    """Whether to take each step as it is, uphill and onto saddle points too."""
+
+    batch: int | None = None
+    """Training samples of a round, for loss and gradient; None takes all."""
+
+    curvature_batch: int | None = None
+    """Training samples of a round, for H; None takes all."""
+
+    tolerance: float = 1e-5
+    """The run ends when the gradient's 2-norm is at most this; 0 never."""
+
+    limit: int = _LIMIT
+    """Parameters it takes at most; H takes 8 bytes times their square."""
+
+    def __post_init__(self) -> None:
+        check_search(self.lr, self.batch, self.tolerance)
+        check_from_0("damping", self.damping)
+        check_count("curvature_batch", self.curvature_batch)
+        check_count("limit", self.limit)
+
+    def build(self, params: Sequence[nn.Parameter]) -> NewtonProgram:
+        """Make the program for one flat parameter, the whole vector.
+
+        Raises:
+            LayoutError: It has more than ``limit`` elements.
+        """
+        check_holds("newton", sum(p.numel() for p in params), self.limit, "newton-cg")
+        return NewtonProgram(params, asdict(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaddleFreeNewton:
+    """Newton steps that are repelled by saddle points, with the whole Hessian; small models."""
+
+    lr: float = 1.0
+    """First step tried along the direction; 1 is Newton's own."""
+
+    damping: float = 0.0
+    """λ, 0 or more, in units of H."""
+
+    floor: float = 1e-4
+    """Least size of an eigenvalue of H, as a share of the largest; above 0, 1 at most. Steps along
+    flat directions are that much longer, at most, than steepest descent's."""
+
+    batch: int | None = None
+    """Training samples of a round, for loss and gradient; None takes all."""
+
+    curvature_batch: int | None = None
+    """Training samples of a round, for H; None takes all."""
+
+    tolerance: float = 1e-5
+    """The run ends when the gradient's 2-norm is at most this; 0 never."""
+
+    limit: int = _LIMIT
+    """Parameters it takes at most; H takes 8 bytes times their square."""
+
+    def __post_init__(self) -> None:
+        check_search(self.lr, self.batch, self.tolerance)
+        check_from_0("damping", self.damping)
+        check_share("floor", self.floor)
+        check_count("curvature_batch", self.curvature_batch)
+        check_count("limit", self.limit)
+
+    def build(self, params: Sequence[nn.Parameter]) -> SaddleFreeNewtonProgram:
+        """Make the program for one flat parameter, the whole vector.
+
+        Raises:
+            LayoutError: It has more than ``limit`` elements.
+        """
+        check_holds("saddle-free-newton", sum(p.numel() for p in params), self.limit, "newton-cg")
+        return SaddleFreeNewtonProgram(params, asdict(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewtonCG:
+    """Newton steps by conjugate gradients, from products with the Hessian; models of any size."""
+
+    lr: float = 1.0
+    """First step tried along the direction; 1 is Newton's own."""
+
+    curvature: Literal["hessian", "gauss-newton"] = "hessian"
+    """The matrix H: the Hessian, or the generalised Gauss-Newton matrix, never negative."""
+
+    damping: float = 0.0
+    """λ, 0 or more, in units of H."""
+
+    cg_iterations: int = 50
+    """Iterations of conjugate gradients a round at most, each one product."""
+
+    batch: int | None = None
+    """Training samples of a round, for loss and gradient; None takes all."""
+
+    curvature_batch: int | None = None
+    """Training samples of a round, for H; None takes all."""
+
+    tolerance: float = 1e-5
+    """The run ends when the gradient's 2-norm is at most this; 0 never."""
+
+    def __post_init__(self) -> None:
+        check_search(self.lr, self.batch, self.tolerance)
+        check_curvature(self.curvature)
+        check_from_0("damping", self.damping)
+        check_count("cg_iterations", self.cg_iterations)
+        check_count("curvature_batch", self.curvature_batch)
+
+    def build(self, params: Sequence[nn.Parameter]) -> NewtonCGProgram:
+        """Make the program for one flat parameter, the own slice."""
+        return NewtonCGProgram(params, asdict(self))
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raise ValueError unless ``value`` is 1 or more, or None."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is above 0 and 1 at most."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+
+
+def check_curvature(value: str) -> None:
+    """Raise ValueError unless ``value`` names a matrix that products are taken with."""
+    if value not in ("hessian", "gauss-newton"):
+        raise ValueError(f"curvature must be hessian or gauss-newton, got {value!r}")

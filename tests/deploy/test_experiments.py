@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from deploy import experiments
+from deploy.main import main
+from paramserver.optimizers import OPTIMIZERS
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+
+
+def test_every_optimizer_of_the_registry_is_compared() -> None:
+    compared = {c.optimizer.partition(":")[0] for c in experiments.OPTIMIZERS_COMPARED}
+
+    assert compared == {entry.name for entry in OPTIMIZERS} - {"torch"}
+
+
+def test_a_comparison_leaves_a_table_and_a_plot_and_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "compared"
+    command = ["experiment", "optimizers", "--only", "newton/sgd:lr=0.1 average=all",
+               "--task", "digits:hidden=2", "--mode", "async", "--out", str(out)]  # fmt: skip
+
+    codes = [main(command)]
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
+    codes.append(main(command))
+
+    assert codes == [0, 0]
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")} == written
+    with (out / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["optimizer"], row["form"]) for row in rows] == [
+        ("sgd:lr=0.1 average=all:start=200", "pushes"),
+        ("newton", "rounds"),
+        ("newton-cg", "rounds"),
+    ]
+    assert all(float(row["metric"]) > 0.2 for row in rows)
+    assert (out / "optimizers.png").stat().st_size > 10_000
+    assert "newton-cg" in capsys.readouterr().out
+
+
+def test_what_does_not_exist_is_said_with_what_does(capsys: pytest.CaptureFixture[str]) -> None:
+    codes = [main(["experiment", "optimisers"]), main(["experiment", "optimizers", "--only", "x"])]
+
+    assert codes == [2, 2]
+    err = capsys.readouterr().err
+    assert "there is no experiment 'optimisers' (there is optimizers)" in err
+    assert "only=x names none of: sgd:lr=0.1, " in err
