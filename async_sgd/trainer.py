@@ -13,19 +13,20 @@ workers that died, and ends the run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from async_sgd.fleet import Fleet, Plan
 from async_sgd.rules import RULES
 from async_sgd.rules.asynchronous import Asynchronous
 from async_sgd.rules.pieces import Pieces
+from paramserver.averaged_state import check_average
 from paramserver.checkpoint import Checkpoint
 from paramserver.errors import CheckpointError
 from paramserver.layout import Layout
 from paramserver.optimizers import OPTIMIZERS, AnyOptimizer
 from paramserver.optimizers.base import needs_norm
 from paramserver.record import Result
-from paramserver.rounds import build_program
+from paramserver.rounds import RoundOptimizer, build_program, check_size
 from paramserver.rules import Damping, RuleSpec
 from workers.config import RunConfig
 from workers.run import Run
@@ -118,9 +119,12 @@ class AsyncTrainer:
         Raises:
             RunFailedError: The run broke; its record is complete up to then.
             ParamServerError: It could not start.
+            LayoutError: The model has more parameters than a round program can hold.
         """
         model = build_model(self.task, self.config.seed)
         layout = Layout.of(model)
+        if self.program is not None:
+            check_size(cast(RoundOptimizer, self.optimizer), self.program, layout.flatten(model))
         cuts = layout.cuts(self.shards)
         num_train = len(build_data(self.task).train)
         if num_train < self.config.workers:
@@ -136,6 +140,7 @@ class AsyncTrainer:
                 f"{run.folder.path} was trained with {start.optimizer}, not "
                 f"{self.optimizer_description()}"
             )
+        check_average(start.state, self.config.average)
         with ray_session(self.config.address, self.config.workers + self.shards + 1):
             fleet = Fleet(self._plan(layout, cuts, num_train), start, run)
             try:

@@ -279,6 +279,12 @@ def build_program(optimizer: object) -> RoundProgram | None:
     return built if isinstance(built, RoundProgram) else None
 
 
+def check_size(optimizer: RoundOptimizer, program: RoundProgram, params: Tensor) -> None:
+    """Raise LayoutError if a ``whole`` program cannot hold a matrix for ``params``."""
+    if program.whole:
+        optimizer.build([nn.Parameter(torch.zeros_like(params), requires_grad=False)])
+
+
 def check_holds(program: str, num_parameters: int, limit: int, instead: str) -> None:
     """Raise LayoutError if a program would have to hold more than it can.
 

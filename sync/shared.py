@@ -34,7 +34,7 @@ from torch import Tensor
 
 from paramserver.errors import PeerLostError, ProtocolError, ResourceError
 from paramserver.layout import Layout
-from paramserver.transports.shared_memory import Segment, check_memory
+from paramserver.transports.segment import Segment, check_memory
 from sync.collective import Table, fair_cuts, weighted_sum_
 from sync.star import Star
 

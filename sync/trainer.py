@@ -19,11 +19,10 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import ray
 import torch
-from torch import nn
 
 from paramserver.averaged_state import averaged, check_average
 from paramserver.checkpoint import Checkpoint, gather_state
@@ -37,7 +36,7 @@ from paramserver.errors import (
 from paramserver.layout import Layout
 from paramserver.optimizers import OPTIMIZERS, AnyOptimizer
 from paramserver.record import Result
-from paramserver.rounds import build_program
+from paramserver.rounds import RoundOptimizer, build_program, check_size
 from sync.actor import pack
 from sync.collective import fair_cuts
 from sync.crew import Crew, Lost
@@ -128,6 +127,8 @@ class SyncTrainer:
             ValueError: There are more workers than training samples.
         """
         layout = Layout.of(model := build_model(self.task, self.config.seed))
+        if self.program is not None:
+            check_size(cast(RoundOptimizer, self.optimizer), self.program, layout.flatten(model))
         plan = self._plan(layout, len(build_data(self.task).train))
         run = Run.start(self.task, self.config, layout, self._described())
         optimizer = OPTIMIZERS.describe(self.optimizer)
@@ -144,8 +145,6 @@ class SyncTrainer:
     def _plan(self, layout: Layout, num_train: int) -> Plan:
         c = self.config
         batch_size = c.batch_size or self.task.batch_size
-        if self.program is not None and self.program.whole:  # which may not hold that many
-            self.optimizer.build([nn.Parameter(torch.zeros(layout.numel, dtype=layout.dtype))])
         if self.program is None:  # a rank may have no piece of a sample, but never no batch
             last = c.workers - 1
             Batches(num_train, batch_size, seed=c.seed, worker=last, num_workers=c.workers)

@@ -6,22 +6,15 @@
            PUSH  ---- Unix socket --------->
                  <--- Unix socket ---- GRANT
 
-Segments are memfds whose descriptors travel over the socket: nameless, so a killed process leaves
-nothing behind, not limited by a small /dev/shm, and open only to whom they were handed. The socket
-is a SOCK_SEQPACKET one in Linux's abstract namespace: messages keep their borders, and there is no
-file to be left. Only processes of the same user are let in, and only with the run's token.
-
-Waking a blocked process costs 50 to 100 us here, more than everything else in a small push. So both
-sides first look for the next message a few times without sleeping (`SPIN_S`): a round trip takes
-9 us instead of 69 (two processes on two idle cores), and yields to whoever needs the core.
+Segments are memfds whose descriptors travel over the socket (`paramserver.transports.segment`,
+`paramserver.transports.link`). Only processes of the same user are let in, and only with the run's
+token.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import logging
-import mmap
 import os
 import select
 import socket
@@ -29,9 +22,7 @@ import struct
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,134 +34,14 @@ from paramserver.errors import (
     ServerLostError,
     ServerTimeoutError,
 )
-from paramserver.messages import MAX_BYTES, Kind, Message, decode, encode, raise_failure
+from paramserver.messages import Kind, Message, raise_failure
 from paramserver.transports import Server
+from paramserver.transports.link import SPIN_S, Link, abstract
+from paramserver.transports.segment import Segment, check_memory
 
 logger = logging.getLogger(__name__)
 
-SPIN_S = 100e-6
-"""Seconds a side looks for a message before it sleeps."""
-
 _TICK_S = 0.25
-_SEND_TIMEOUT_S = 5
-_PAGE = mmap.PAGESIZE
-
-
-class Segment:
-    """A piece of anonymous shared memory, seen as equal rows of a tensor."""
-
-    def __init__(
-        self, fd: int, rows: int, numel: int, dtype: torch.dtype, *, writable: bool
-    ) -> None:
-        """Map ``rows`` rows of ``numel`` elements of the memory behind ``fd``, and keep it open."""
-        self.fd = fd
-        stride = _stride(numel, dtype)
-        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(fd, rows * stride, mmap.MAP_SHARED, access)
-        with warnings.catch_warnings():  # torch warns of read-only memory; nobody here writes to it
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            self.rows: Sequence[Tensor] = [
-                torch.frombuffer(self._map, dtype=dtype, count=numel, offset=i * stride)
-                for i in range(rows)
-            ]
-
-    @classmethod
-    def create(cls, name: str, rows: int, numel: int, dtype: torch.dtype) -> Segment:
-        """Make a new segment of zeros; its pages take memory only once they are written."""
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.ftruncate(fd, rows * _stride(numel, dtype))
-        return cls(fd, rows, numel, dtype, writable=True)
-
-    @classmethod
-    def attach(cls, fd: int, numel: int, dtype: torch.dtype, *, writable: bool) -> Segment:
-        """Map a segment that another process made."""
-        return cls(
-            fd, os.fstat(fd).st_size // _stride(numel, dtype), numel, dtype, writable=writable
-        )
-
-    def close(self) -> None:
-        """Close the descriptor; the memory goes with the last tensor that shows it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-class Link:
-    """One end of a connection: whole messages over a Unix socket, with a deadline."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        sock.setblocking(True)
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0)
-        )
-        self._buffer = bytearray(MAX_BYTES)
-        self._view = memoryview(self._buffer)
-
-    @classmethod
-    def connect(cls, address: str) -> Link:
-        """Connect to ``address``; OSError if nobody listens there."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            sock.connect(_abstract(address))
-        except OSError:
-            sock.close()
-            raise
-        return cls(sock)
-
-    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Send one message, with open descriptors; OSError if the other end is gone or stuck."""
-        if fds:
-            socket.send_fds(self.sock, [encode(message)], list(fds))
-        else:
-            self.sock.send(encode(message))
-
-    def poll(self) -> Message | None:
-        """Return the next message if it is here; EOFError if the other end is gone."""
-        try:
-            size = self.sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return None
-        except ConnectionError:
-            size = 0
-        if size == 0:
-            raise EOFError
-        return decode(self._view[:size])
-
-    def receive(self, timeout_s: float) -> Message:
-        """Wait for the next message; TimeoutError, or EOFError if the other end is gone."""
-        spin_until = time.perf_counter() + SPIN_S
-        while (message := self.poll()) is None:
-            if time.perf_counter() > spin_until:
-                self._sleep(timeout_s)
-            else:
-                os.sched_yield()
-        return message
-
-    def receive_fds(self, timeout_s: float, count: int) -> tuple[Message, list[int]]:
-        """Wait for a message that brings ``count`` descriptors, or none."""
-        self._sleep(timeout_s)
-        size = array.array("i").itemsize * count
-        data, ancillary, _, _ = self.sock.recvmsg(
-            MAX_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
-        )
-        if not data:
-            raise EOFError
-        fds = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-        return decode(data), list(fds)
-
-    def close(self) -> None:
-        """End the connection."""
-        self.sock.close()
-
-    def _sleep(self, timeout_s: float) -> None:
-        poller = select.poll()
-        poller.register(self.sock, select.POLLIN)
-        if not poller.poll(timeout_s * 1000):
-            raise TimeoutError
 
 
 class Host:
@@ -199,7 +70,7 @@ class Host:
         self._slot_numel, self._dtype = slot_rows * numel, dtype
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._listener.bind(_abstract(address))
+            self._listener.bind(abstract(address))
         except OSError as error:
             self._listener.close()
             raise ResourceError(f"cannot listen at {address}: {error}") from error
@@ -443,35 +314,3 @@ def raise_refusal(message: Message) -> None:
     if message.kind == Kind.FAIL:
         raise_failure(message)
     raise ProtocolError(f"expected a welcome, got message {message.kind}")
-
-
-def check_memory(needed: int) -> None:
-    """Raise ResourceError unless ``needed`` bytes are available to this process."""
-    available = _available_bytes()
-    if needed > available:
-        raise ResourceError(
-            f"the shard needs {needed / 2**20:.0f} MiB of shared memory and "
-            f"{available / 2**20:.0f} MiB are available: use fewer workers, more shards on other "
-            "nodes, or a smaller model"
-        )
-
-
-def _available_bytes() -> int:
-    """Memory that can still be taken: the machine's, or the container's limit if that is less."""
-    fields = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-    )
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
-
-
-def _stride(numel: int, dtype: torch.dtype) -> int:
-    """Bytes from one row to the next: whole pages, so rows never share one."""
-    return -(-numel * dtype.itemsize // _PAGE) * _PAGE
-
-
-def _abstract(address: str) -> str:
-    return f"\0paramserver/{address}"

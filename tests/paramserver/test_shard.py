@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paramserver.averaging import AllIterates, Average
 from paramserver.clipping import ClipNorm
 from paramserver.errors import LayoutError, ProtocolError, ResourceError
 from paramserver.messages import Action, Kind, Message
-from paramserver.optimizers import OPTIMIZERS, SGD, Adam, Optimizer
+from paramserver.optimizers import OPTIMIZERS, SGD, Adam, Optimizer, Subgradient
 from paramserver.schedules import Exponential, Schedule
 from paramserver.shard import Shard
 
@@ -21,10 +22,14 @@ def vector(seed: int) -> Tensor:
 
 
 def shard(
-    optimizer: Optimizer | None = None, *, buffers: int = 4, schedule: Schedule | None = None
+    optimizer: Optimizer | None = None,
+    *,
+    buffers: int = 4,
+    schedule: Schedule | None = None,
+    average: Average | None = None,
 ) -> Shard:
     room = [torch.zeros(N) for _ in range(buffers)]
-    return Shard(vector(0), optimizer or SGD(lr=1.0), room, schedule=schedule)
+    return Shard(vector(0), optimizer or SGD(lr=1.0), room, schedule=schedule, average=average)
 
 
 def order(action: Action, worker: int, version: int, **of: float) -> Message:
@@ -261,3 +266,60 @@ def test_a_gathered_gradient_is_clipped_once_by_its_own_norm() -> None:
     mean.grad = (vector(1) + vector(2)) / 2
     nn.utils.clip_grad_norm_([mean], 1.0)
     torch.testing.assert_close(s.snapshots.params, vector(0) - mean.grad)
+
+
+def test_readers_see_the_average_and_workers_the_parameters() -> None:
+    s = shard(average=AllIterates(start=1))
+    iterates = []
+    for version in (1, 2, 3):
+        take(s, vector(version), version)
+        iterates.append(s.snapshots.params.clone())
+
+    reader, worker = read(s, -1), read(s, 0)
+
+    mean = torch.stack(iterates[1:]).double().mean(0).float()
+    torch.testing.assert_close(s.snapshots._buffers[reader], mean)
+    assert torch.equal(s.snapshots._buffers[worker], iterates[-1])
+
+
+def test_an_average_goes_on_from_what_was_saved() -> None:
+    s = shard(Adam(lr=0.1), average=AllIterates())
+    take(s, vector(1), 1)
+    s.execute(order(Action.SAVE, -1, 1))
+    saved = s.saved
+    assert saved is not None
+    take(s, vector(2), 2)
+
+    room = [torch.zeros(N) for _ in range(4)]
+    again = Shard(saved.params, Adam(lr=0.1), room, average=AllIterates(), version=1)
+    again.restore(saved.rule, saved.scheduler)
+    take(again, vector(2), 2)
+
+    assert s.averager is not None
+    assert again.averager is not None
+    mine, theirs = again.averager.average(), s.averager.average()
+    assert mine is not None
+    assert theirs is not None
+    assert torch.equal(mine, theirs)
+
+
+def test_a_rule_is_told_the_loss_and_the_norm_of_what_it_applies() -> None:
+    s = shard(Subgradient(step="polyak", optimum=1.0))
+    gradient = vector(1)
+    norm = float(gradient.norm())
+
+    take(s, gradient, 1, loss=3.0, norm=norm)
+
+    torch.testing.assert_close(s.snapshots.params, vector(0) - 2.0 / norm**2 * gradient)
+
+
+def test_a_rule_is_told_those_of_a_gathered_mean() -> None:
+    s = shard(Subgradient(step="polyak", optimum=1.0))
+    first, second = vector(1), vector(2)
+    take(s, first, 0, worker=0, step=0, loss=3.0, samples=1)
+
+    take(s, second, 1, worker=1, loss=5.0, samples=3)
+
+    mean = (first + 3 * second) / 4
+    step = (4.5 - 1.0) / float(mean.norm()) ** 2
+    torch.testing.assert_close(s.snapshots.params, vector(0) - step * mean)

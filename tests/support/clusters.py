@@ -25,6 +25,7 @@ from paramserver.sequencer import Sequencer
 from paramserver.server import Follower, Leader
 from paramserver.shard import Shard
 from paramserver.transports import Connection, memory, shared_memory
+from paramserver.transports.link import Link
 from paramserver.transports.shared_memory import raise_refusal
 
 TOKEN, FINGERPRINT = "a token", "0123456789abcdef"
@@ -273,7 +274,7 @@ class SharedMemoryCluster(Cluster):
         return self.hosts[shard].buffers
 
     def _start(self) -> None:
-        links: list[shared_memory.Link] = []
+        links: list[Link] = []
         for follower, host in zip(self._serve(self.hosts, links), self.hosts[1:], strict=True):
             host.serve(follower)
         hello = Message(Kind.LEAD, text=f"{TOKEN} {FINGERPRINT}")

@@ -14,6 +14,7 @@ from torch import nn
 
 from async_sgd.rules import BSP, SSP
 from async_sgd.trainer import AsyncTrainer
+from paramserver.averaging import AllIterates
 from paramserver.checkpoint import load_checkpoint
 from paramserver.errors import (
     CheckpointError,
@@ -58,8 +59,17 @@ def test_digits_reach_97_percent(tmp_path: Path) -> None:
     assert result.checkpoint is not None
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("rule", [None, SSP(bound=1), BSP()], ids=["asp", "ssp", "bsp"])
+@pytest.mark.parametrize(
+    ("rule", "shards"),
+    [
+        pytest.param(None, 1, id="asp-1"),
+        pytest.param(None, 3, id="asp-3", marks=pytest.mark.long),
+        pytest.param(SSP(bound=1), 1, id="ssp-1", marks=pytest.mark.long),
+        pytest.param(SSP(bound=1), 3, id="ssp-3"),
+        pytest.param(BSP(), 1, id="bsp-1", marks=pytest.mark.long),
+        pytest.param(BSP(), 3, id="bsp-3", marks=pytest.mark.long),
+    ],
+)
 def test_a_quadratic_reaches_its_optimum(tmp_path: Path, shards: int, rule: Any) -> None:
     run = quadratic_run(tmp_path / "run", SGD(lr=0.3), updates=1500)
 
@@ -206,3 +216,31 @@ def test_more_workers_than_samples_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="cannot share 64 samples"):
         AsyncTrainer(few, SGD(lr=0.1), RunConfig(workers=65, updates=1)).fit()
+
+
+def test_an_average_is_what_is_evaluated_and_goes_on_exactly(tmp_path: Path) -> None:
+    average = AllIterates(start=10)
+    whole = quadratic_run(tmp_path / "whole", SGD(lr=0.3), workers=1, updates=60, average=average)
+    undisturbed = whole().fit()
+    first = quadratic_run(tmp_path / "parts", SGD(lr=0.3), workers=1, updates=25, average=average)
+    first().fit()
+    rest = {"out": None, "resume": tmp_path / "parts", "workers": 1, "average": average}
+
+    resumed = quadratic_run(tmp_path / "parts", SGD(lr=0.3), updates=60, **rest)().fit()
+
+    plain = quadratic_run(tmp_path / "plain", SGD(lr=0.3), workers=1, updates=60)().fit()
+    assert resumed.metrics == undisturbed.metrics
+    assert resumed.metrics["distance"] != plain.metrics["distance"]
+
+
+def test_a_program_too_large_for_its_matrix_is_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    trainer = AsyncTrainer(
+        task("digits"), OPTIMIZERS.parse("newton"), RunConfig(updates=1, out=tmp_path / "run")
+    )
+
+    with pytest.raises(LayoutError, match=r"^newton holds a .* and its limit is 2,000: use newton"):
+        trainer.fit()
+
+    assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from paramserver.optimizers import OPTIMIZERS, SGD, Optimizer
 from paramserver.sequencer import Budget
 from tests.support.clusters import MemoryCluster
 from workers.batches import Batches, step_seed
+from workers.estimate import GradientMode
 from workers.loop import Finished, train
 from workers.task import Batch, Data, Task, TensorExamples, build_data, build_model
 
@@ -53,12 +54,19 @@ class Training:
         budget = Budget(updates=updates)
         self.cluster = MemoryCluster(start, shards=shards, optimizer=optimizer, budget=budget)
 
-    def run(self, *, incarnation: int = 1, clip: Clip | None = None) -> Finished:
+    def run(
+        self,
+        *,
+        incarnation: int = 1,
+        clip: Clip | None = None,
+        gradient: GradientMode = "reverse",
+    ) -> Finished:
         client: Client
         with self.cluster.join(0, incarnation) as client:
             return train(
                 self.task, self.model, self.layout, self.cluster.cuts, client,
                 build_data(self.task).train, batches(self.task), seed=SEED, clip=clip,
+                gradient=gradient,
             )  # fmt: skip
 
 
@@ -163,3 +171,24 @@ def test_a_loss_that_is_not_finite_is_named_though_the_gradient_is() -> None:
 
     with pytest.raises(NonFiniteGradientError, match="'loss' is not finite"):
         Training(task, SGD(lr=0.1)).run()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_forward_mode_trains_as_reverse_mode_does(shards: int) -> None:
+    training = Training(TASK, SGD(lr=0.1), shards=shards)
+
+    training.run(gradient="forward")
+
+    expected = plain(TASK, SGD(lr=0.1))
+    torch.testing.assert_close(training.cluster.params(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_random_forward_gradients_are_the_same_when_a_run_is_made_again() -> None:
+    first, second = Training(TASK, SGD(lr=0.01)), Training(TASK, SGD(lr=0.01))
+    start = first.cluster.params().clone()
+
+    first.run(gradient="random")
+    second.run(gradient="random")
+
+    assert torch.equal(first.cluster.params(), second.cluster.params())
+    assert not torch.equal(first.cluster.params(), start)
