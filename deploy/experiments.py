@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,8 @@ OPTIMIZERS_COMPARED = (
     Contender("saddle-free:damping=0.01", 10),
     Contender("newton-cg", 12),
     Contender("ksd", 8),
-    Contender("natural:kl=0.03,cg_iterations=20", 20),
-    Contender("natural:metric=diagonal,kl=0.03,damping=0.001", 60),
+    Contender("natural:kl=0.003,damping=0.01,cg_iterations=20", 30),
+    Contender("natural:metric=diagonal,kl=0.001,damping=0.001", 60),
     Contender("natural:metric=dense,kl=0.03", 12),
 )
 """Settings that suit the default task; budgets of some seconds each."""
@@ -171,7 +172,8 @@ def _optimizers(flags: ExperimentFlags) -> int:
             rows.append(_row(contender, mode, record, what))
             folders[f"{contender.name}, {mode}"] = folder
     if rows:
-        _write(flags.out, rows, folders, what, Console(highlight=False))
+        width = None if sys.stdout.isatty() else 130
+        _write(flags.out, rows, folders, what, Console(highlight=False, width=width))
     return 1 if failed else 0
 
 
@@ -272,9 +274,9 @@ def plot(path: Path, folders: Mapping[str, Path]) -> None:
 
 def _curve(folder: Path, axis: str) -> tuple[list[float], list[float]]:
     points = [
-        (max(line[axis], 0.05), line["loss"])
+        (line[axis], line["loss"])
         for line in _lines(folder)
-        if line.get("kind") == "test" and line.get("loss") is not None
+        if line.get("kind") == "test" and line.get("loss") is not None and line[axis] > 0
     ]
     return [x for x, _ in points], [y for _, y in points]
 
