@@ -144,5 +144,5 @@ class BFGS:
         Raises:
             LayoutError: It has more than ``limit`` elements.
         """
-        check_holds("bfgs", sum(p.numel() for p in params), self.limit, "l-bfgs")
+        check_holds("bfgs", sum(p.numel() for p in params), self.limit, "lbfgs")
         return BFGSProgram(params, asdict(self))

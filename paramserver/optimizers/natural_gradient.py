@@ -197,5 +197,5 @@ class NaturalGradient:
         """
         if self.metric == "dense":
             num_parameters = sum(p.numel() for p in params)
-            check_holds("natural-gradient:metric=dense", num_parameters, self.limit, "metric=cg")
+            check_holds("natural:metric=dense", num_parameters, self.limit, "natural")
         return _PROGRAMS[self.metric](params, asdict(self))

@@ -310,7 +310,7 @@ class SaddleFreeNewton:
         Raises:
             LayoutError: It has more than ``limit`` elements.
         """
-        check_holds("saddle-free-newton", sum(p.numel() for p in params), self.limit, "newton-cg")
+        check_holds("saddle-free", sum(p.numel() for p in params), self.limit, "newton-cg")
         return SaddleFreeNewtonProgram(params, asdict(self))
 
 

@@ -148,7 +148,7 @@ def test_on_all_samples_no_point_is_evaluated_twice() -> None:
 def test_more_parameters_than_its_limit_are_refused_when_it_is_built() -> None:
     assert built(BFGS(), torch.zeros(5000)).whole
 
-    with pytest.raises(LayoutError, match=r"^bfgs holds a 5,001 x 5,001 matrix.*: use l-bfgs$"):
+    with pytest.raises(LayoutError, match=r"^bfgs holds a 5,001 x 5,001 matrix.*: use lbfgs$"):
         built(BFGS(), torch.zeros(5001))
     built(BFGS(limit=6000), torch.zeros(5001))
 
