@@ -35,7 +35,9 @@ from workers.tasks import task
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
 
 
-def quadratic_run(out: Path, optimizer: Optimizer, **config: Any) -> Callable[..., AsyncTrainer]:
+def quadratic_run(
+    out: Path | None, optimizer: Optimizer, **config: Any
+) -> Callable[..., AsyncTrainer]:
     def make(**trainer: Any) -> AsyncTrainer:
         values = {"workers": 2, "updates": 300, "evaluate_every_s": 0, "out": out, **config}
         return AsyncTrainer(
@@ -224,9 +226,9 @@ def test_an_average_is_what_is_evaluated_and_goes_on_exactly(tmp_path: Path) -> 
     undisturbed = whole().fit()
     first = quadratic_run(tmp_path / "parts", SGD(lr=0.3), workers=1, updates=25, average=average)
     first().fit()
-    rest = {"out": None, "resume": tmp_path / "parts", "workers": 1, "average": average}
+    rest = {"resume": tmp_path / "parts", "workers": 1, "average": average}
 
-    resumed = quadratic_run(tmp_path / "parts", SGD(lr=0.3), updates=60, **rest)().fit()
+    resumed = quadratic_run(None, SGD(lr=0.3), updates=60, **rest)().fit()
 
     plain = quadratic_run(tmp_path / "plain", SGD(lr=0.3), workers=1, updates=60)().fit()
     assert resumed.metrics == undisturbed.metrics

@@ -113,6 +113,7 @@ def test_lbfgs_learns_digits_in_rounds(tmp_path: Path, collective: str) -> None:
     assert record["failures"] == []
 
 
+@pytest.mark.long  # 400 rounds can be over before the driver looks twice: nobody is killed then
 def test_rounds_go_on_from_the_last_finished_one_whatever_happens(tmp_path: Path) -> None:
     seen: list[int] = []
 
@@ -167,7 +168,6 @@ def test_an_average_is_what_is_evaluated_and_goes_on_exactly(tmp_path: Path) -> 
 
 
 def test_digits_reach_97_percent_and_that_ends_the_run(tmp_path: Path) -> None:
-    seen: list[Mapping[str, Any]] = []
     config = RunConfig(
         workers=2,
         epochs=100,
@@ -176,7 +176,7 @@ def test_digits_reach_97_percent_and_that_ends_the_run(tmp_path: Path) -> None:
         out=tmp_path / "run",
     )
 
-    result = SyncTrainer(task("digits"), Adam(lr=3e-3), config, progress=seen.append).fit()
+    result = SyncTrainer(task("digits"), Adam(lr=3e-3), config).fit()
 
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result.stopped_because == "accuracy=0.97 reached"
@@ -185,8 +185,21 @@ def test_digits_reach_97_percent_and_that_ends_the_run(tmp_path: Path) -> None:
     assert record["gradients"] == 2 * record["updates"]
     assert record["samples"] == 32 * record["gradients"]
     assert record["failures"] == []
-    assert any("test_accuracy" in status for status in seen)
-    assert any("loss" in status for status in seen)
+
+
+def test_progress_tells_of_training_and_of_tests(tmp_path: Path) -> None:
+    told: set[str] = set()
+
+    def listen(status: Mapping[str, Any]) -> None:
+        told.update(status)
+        if {"loss", "test_accuracy"} <= told:
+            raise KeyboardInterrupt  # else it goes on until the test's own deadline
+
+    config = RunConfig(workers=2, epochs=1e6, evaluate_every_s=0.2, out=tmp_path / "run")
+
+    result = SyncTrainer(task("digits"), Adam(lr=3e-3), config, progress=listen).fit()
+
+    assert result.stopped_because == "interrupted"
 
 
 @pytest.mark.parametrize("collective", ["shared_memory", "gloo"])
