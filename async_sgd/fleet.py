@@ -273,15 +273,19 @@ class Fleet:
                 self._spawn(worker)
                 self._let_go(worker)
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, ServerLostError | ServerTimeoutError):
-                cause = self._why_lost() or cause
-            self._fail(cause)
+            self._fail(self._cause(error))
         else:
             assert finished.reason
 
+    def _cause(self, error: ray.exceptions.RayTaskError) -> BaseException:
+        """Return what an actor raised; of a lost shard, what happened to it."""
+        cause: BaseException = error.cause
+        if isinstance(cause, ServerLostError | ServerTimeoutError):
+            return self._why_lost() or cause
+        return cause
+
     def _why_lost(self) -> BaseException | None:
-        """Ask the shards what happened to the one that workers lost; it knows better than they."""
+        """Ask the shards what happened to the one that was lost; it knows better than others."""
         for index, shard in enumerate(self._shards):
             try:
                 failure = self._get([shard.failure.remote()], f"asking shard {index}")[0]
@@ -378,7 +382,7 @@ class Fleet:
         except ray.exceptions.GetTimeoutError as error:
             raise ServerTimeoutError(0, doing, timeout_s) from error
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+            raise self._cause(error) from None
         except ray.exceptions.RayActorError as error:
             raise RunFailedError(
                 f"a server process was lost while {doing}; go on from the last checkpoint with "

@@ -173,10 +173,8 @@ class ShardServer:
                 rounds=c.rounds.last,
                 **common,
             )
+            self._leader.begin(self._host.now())  # before a follower's first share can come in
         self._host.serve(self._leader)
-        if isinstance(self._leader, RoundLeader):
-            with self._host.lock:
-                self._leader.begin(self._host.now())
 
     def status(self) -> dict[str, Any]:
         """Return where the run stands and what happened since the last call."""

@@ -280,9 +280,8 @@ class SharedMemoryCluster(Cluster):
         hello = Message(Kind.LEAD, text=f"{TOKEN} {FINGERPRINT}")
         links += [self.hosts[0].lead(address, hello, 5.0) for address in self.addresses[1:]]
         self._serve(self.hosts, links)
+        self._begin()
         self.hosts[0].serve(self.leader)
-        with self.hosts[0].lock:
-            self._begin()
 
     def connect(
         self, shard: int, worker: int, incarnation: int, text: str = f"{TOKEN} {FINGERPRINT}"
