@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.errors import CurvatureError, LayoutError
+from paramserver.lean import LeanOptimizer
 
 Kind: TypeAlias = Literal[
     "loss", "gradient", "hvp", "ggnvp", "hessian", "fisher", "fisher_diagonal"
@@ -116,7 +117,7 @@ Round: TypeAlias = Generator[Request, Any, Step]
 Sums: TypeAlias = Generator[Sum, Tensor, Tensor]
 
 
-class RoundProgram(torch.optim.Optimizer):
+class RoundProgram(LeanOptimizer):
     """An optimizer in rounds; torch's schedulers and ``state_dict`` work on it.
 
     It has one parameter group with one flat parameter, whose ``state`` holds what lasts: tensors

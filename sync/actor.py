@@ -57,8 +57,6 @@ class Rank:
         """Load the data."""
         keep_freed_memory()
         torch.set_num_threads(threads)
-        # The first optimizer of a process imports torch's compiler: 1.5 s, which are not training.
-        torch.optim.SGD([torch.zeros(1)])
         self._task, self._seed = task, seed
         self._examples = build_data(task).train
         self._host: shared.Host | gloo.Host | None = None

@@ -81,6 +81,9 @@ class RunConfig:
     """Processes that may be lost and replaced before the run gives up."""
 
     def __post_init__(self) -> None:
+        for name in ("out", "resume"):
+            if isinstance(folder := getattr(self, name), str):  # what people write, if not mypy
+                object.__setattr__(self, name, Path(folder))
         for name, least in (("workers", 1), ("batch_size", 1), ("updates", 1), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from paramserver.lean import LeanOptimizer
 
-class PushRule(torch.optim.Optimizer):
+
+class PushRule(LeanOptimizer):
     """One step for each gradient it is given.
 
     The rule holds parameters but never their storage: ``p.data`` may point elsewhere in each call.

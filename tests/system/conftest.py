@@ -1,4 +1,4 @@
-"""One Ray for all tests of a module."""
+"""One Ray for all system tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from workers.session import ray_session
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     with ray_session(None, 6):
         yield

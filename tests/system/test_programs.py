@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from paramserver.optimizers import OPTIMIZERS
 from paramserver.record import Result
 from paramserver.rounds import Answer, Ask, RoundOptimizer, minimise
 from sync.trainer import SyncTrainer
+from tests.support.gate import once_at, slowed
 from tests.support.processes import kill_and_wait, titled
 from workers.config import RunConfig
 from workers.oracles import Oracle
@@ -137,21 +139,20 @@ def test_a_program_goes_on_from_its_record_as_if_it_had_never_stopped(tmp_path: 
 
 
 def test_a_killed_worker_changes_nothing_about_a_program(tmp_path: Path) -> None:
-    killed: list[int] = []
+    optimizer, gate = OPTIMIZERS.parse("lbfgs"), tmp_path / "gate"
 
-    def kill_one(status: object) -> None:
-        if not killed:
-            killed.append(titled("ray::Worker.answer")[0])
-            kill_and_wait(killed[0])
-
-    task = make_task(marker=str(tmp_path / "slow"))  # slow, so that it is killed in the middle
-    optimizer = OPTIMIZERS.parse("lbfgs")
+    def kill_one() -> None:
+        kill_and_wait(titled("ray::Worker.answer")[0])
 
     result = AsyncTrainer(
-        task, optimizer, config(20, tmp_path / "run"), shards=3, progress=kill_one
+        replace(make_task(), loss=slowed(cross_entropy, gate, calls=20, seconds=0.1)),
+        optimizer,
+        config(20, tmp_path / "run"),
+        shards=3,
+        progress=once_at(1, gate, kill_one),
     ).fit()
 
-    assert [failure["what"] for failure in result.record["failures"]]
+    assert len(result.record["failures"]) == 1
     torch.testing.assert_close(end_point(result), alone(optimizer, 20), rtol=0, atol=1e-8)
 
 

@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,22 @@ from paramserver.errors import CheckpointError, RunFailedError
 from paramserver.optimizers import LBFGS, Adam, Momentum
 from paramserver.record import Result
 from sync.trainer import SyncTrainer
+from tests.support.gate import interrupt, once_at, slowed
 from tests.support.processes import kill_and_wait, titled
 from workers.config import RunConfig
-from workers.task import Data, Task, TensorExamples, build_model, evaluate
+from workers.task import Batch, Data, Task, TensorExamples, build_model, evaluate
 from workers.tasks import task
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
 
-Look = Callable[[Mapping[str, Any]], None]
-
-
 UPDATES = 2000
-"""Enough for a run to be looked at several times."""
+
+SLOW_FROM = 400
+"""Gradients after which a rank is slow until the driver has looked."""
+
+
+def mean_squared_error(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
 def small_task(loss: Callable[..., Tensor] | None = None) -> Task:
@@ -43,7 +49,7 @@ def small_task(loss: Callable[..., Tensor] | None = None) -> Task:
         name="sines",
         model=lambda: nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 1)),
         data=lambda: Data(examples, examples),
-        loss=loss or (lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])),
+        loss=loss or mean_squared_error,
         headline="loss",
         batch_size=8,
     )
@@ -51,6 +57,8 @@ def small_task(loss: Callable[..., Tensor] | None = None) -> Task:
 
 def run(out: Path, *, loss: Callable[..., Tensor] | None = None, **options: Any) -> Result:
     """Make a small run; ``options`` are the trainer's or the configuration's."""
+    if (gate := options.pop("gate", None)) is not None:
+        loss = slowed(mean_squared_error, gate, SLOW_FROM)
     trainers = {k: options.pop(k) for k in ("progress", "collective") if k in options}
     folder = {} if "resume" in options else {"out": out}
     values = {"workers": 2, "updates": UPDATES, "evaluate_every_s": 0, **folder, **options}
@@ -69,16 +77,8 @@ def undisturbed(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Tens
     return params(out)
 
 
-def once_at(updates: int, title: str, act: Callable[[int], None]) -> tuple[Look, list[int]]:
-    """Return a look that once calls ``act`` with a process of ``title``, and a list of it."""
-    acted: list[int] = []
-
-    def look(status: Mapping[str, Any]) -> None:
-        if not acted and status["updates"] > updates:
-            acted.append(titled(title)[0])
-            act(acted[0])
-
-    return look, acted
+def kill_a(title: str) -> None:
+    kill_and_wait(titled(title)[0])
 
 
 @pytest.fixture(autouse=True)
@@ -91,12 +91,12 @@ def nothing_is_left(cluster: None) -> Iterator[None]:
         time.sleep(0.1)
 
 
-def run_digits(out: Path, **options: Any) -> Result:
+def run_digits(out: Path, digits: Task | None = None, **options: Any) -> Result:
     """Train digits with L-BFGS; ``options`` are the trainer's or the configuration's."""
     trainers = {k: options.pop(k) for k in ("progress", "collective") if k in options}
     folder = {} if "resume" in options else {"out": out}
     values = {"workers": 2, "updates": 30, "evaluate_every_s": 0, **folder, **options}
-    return SyncTrainer(task("digits"), LBFGS(), RunConfig(**values), **trainers).fit()
+    return SyncTrainer(digits or task("digits"), LBFGS(), RunConfig(**values), **trainers).fit()
 
 
 @pytest.mark.parametrize("collective", ["shared_memory", "gloo"])
@@ -113,46 +113,44 @@ def test_lbfgs_learns_digits_in_rounds(tmp_path: Path, collective: str) -> None:
     assert record["failures"] == []
 
 
-@pytest.mark.long  # 400 rounds can be over before the driver looks twice: nobody is killed then
+@pytest.mark.long
 def test_rounds_go_on_from_the_last_finished_one_whatever_happens(tmp_path: Path) -> None:
-    seen: list[int] = []
+    def slowed_digits(gate: Path) -> Task:
+        digits = task("digits")
+        return replace(digits, loss=slowed(digits.loss, gate, calls=5, seconds=0.1))
 
-    def interrupt(status: Mapping[str, Any]) -> None:
-        if status["updates"] > 3:
-            raise KeyboardInterrupt
-
-    def note(status: Mapping[str, Any]) -> None:
-        seen.append(status["updates"])
-        look(status)
-
-    look, killed = once_at(5, "ray::Rank", kill_and_wait)
-    run_digits(tmp_path / "straight", updates=400)
-    stopped = run_digits(tmp_path / "run", updates=400, progress=interrupt)
-    run_digits(
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_digits(tmp_path / "straight", updates=60)
+    stopped = run_digits(
+        tmp_path / "run", slowed_digits(first), updates=60, progress=once_at(3, first, interrupt)
+    )
+    went_on = run_digits(
         tmp_path / "run",
-        updates=400,
+        slowed_digits(second),
+        updates=60,
         resume=tmp_path / "run",
-        progress=note,
+        progress=once_at(10, second, partial(kill_a, "ray::Rank")),
         checkpoint_every_s=0.2,
         wait_timeout_s=20,
     )
 
     assert stopped.stopped_because == "interrupted"
-    assert killed
+    assert len(went_on.record["failures"]) == 1
     assert torch.equal(params(tmp_path / "run"), params(tmp_path / "straight"))
 
 
-def test_an_average_is_what_is_evaluated_and_goes_on_exactly(tmp_path: Path) -> None:
-    average = AllIterates(start=UPDATES - 500)
+def test_an_interrupted_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    average, gate = AllIterates(start=UPDATES - 500), tmp_path / "gate"
     run(tmp_path / "straight", average=average)
 
-    def interrupt(status: Mapping[str, Any]) -> None:
-        if status["updates"] > 100:
-            raise KeyboardInterrupt
-
-    run(tmp_path / "run", progress=interrupt, average=average)
+    interrupted = run(
+        tmp_path / "run", gate=gate, progress=once_at(100, gate, interrupt), average=average
+    )
     resumed = run(tmp_path / "run", resume=tmp_path / "run", average=average)
 
+    assert interrupted.stopped_because == "interrupted"
+    assert interrupted.metrics["loss"] > 0
+    assert resumed.stopped_because == f"{UPDATES} updates"
     saved = load_checkpoint(tmp_path / "run" / "checkpoint")
     straight = load_checkpoint(tmp_path / "straight" / "checkpoint")
     assert torch.equal(saved.params, straight.params)
@@ -162,7 +160,7 @@ def test_an_average_is_what_is_evaluated_and_goes_on_exactly(tmp_path: Path) -> 
     model = build_model(small_task(), 0)
     saved.layout.load(model, means[0])
     loss = evaluate(small_task(), model, small_task().data().test)["loss"]
-    assert resumed.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert resumed.metrics["loss"] == pytest.approx(loss, rel=1e-5)  # of the average
     with pytest.raises(CheckpointError, match="had an average"):
         run(tmp_path / "run", resume=tmp_path / "run")
 
@@ -206,18 +204,18 @@ def test_progress_tells_of_training_and_of_tests(tmp_path: Path) -> None:
 def test_a_killed_rank_is_replaced_and_changes_nothing(
     tmp_path: Path, collective: str, undisturbed: Tensor
 ) -> None:
-    look, killed = once_at(300, "ray::Rank", kill_and_wait)
+    gate = tmp_path / "gate"
 
     result = run(
         tmp_path / "run",
-        progress=look,
+        gate=gate,
+        progress=once_at(300, gate, partial(kill_a, "ray::Rank")),
         collective=collective,
         checkpoint_every_s=0.2,
         wait_timeout_s=20,
     )
 
     (failure,) = result.record["failures"]
-    assert killed
     assert failure["what"].startswith("rank ")
     assert result.record["updates"] == UPDATES
     assert result.record["collective"] == collective
@@ -225,20 +223,25 @@ def test_a_killed_rank_is_replaced_and_changes_nothing(
 
 
 def test_a_silent_rank_is_replaced(tmp_path: Path, undisturbed: Tensor) -> None:
-    look, stopped = once_at(300, "ray::Rank", lambda pid: os.kill(pid, signal.SIGSTOP))
+    gate = tmp_path / "gate"
 
-    result = run(tmp_path / "run", progress=look, wait_timeout_s=2.0)
+    def silence_one() -> None:
+        os.kill(titled("ray::Rank")[0], signal.SIGSTOP)
 
-    assert stopped
+    result = run(
+        tmp_path / "run", gate=gate, progress=once_at(300, gate, silence_one), wait_timeout_s=2.0
+    )
+
     assert len(result.record["failures"]) == 1
     assert torch.equal(params(tmp_path / "run"), undisturbed)
 
 
 def test_a_rank_lost_once_too_often_ends_the_run(tmp_path: Path) -> None:
-    look, _ = once_at(100, "ray::Rank", kill_and_wait)
+    gate = tmp_path / "gate"
+    look = once_at(100, gate, partial(kill_a, "ray::Rank"))
 
     with pytest.raises(RunFailedError, match="raise max_failures"):
-        run(tmp_path / "run", progress=look, max_failures=0, checkpoint_every_s=0.2)
+        run(tmp_path / "run", gate=gate, progress=look, max_failures=0, checkpoint_every_s=0.2)
 
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["stopped_because"].startswith("error: ")
@@ -246,28 +249,13 @@ def test_a_rank_lost_once_too_often_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_lost_evaluator_is_replaced(tmp_path: Path) -> None:
-    look, _ = once_at(100, "ray::Evaluator", kill_and_wait)
+    gate = tmp_path / "gate"
+    look = once_at(100, gate, partial(kill_a, "ray::Evaluator"))
 
-    result = run(tmp_path / "run", progress=look, evaluate_every_s=0.1)
+    result = run(tmp_path / "run", gate=gate, progress=look, evaluate_every_s=0.1)
 
     assert [failure["what"] for failure in result.record["failures"]] == ["the evaluator"]
     assert result.metrics["loss"] < 1.0
-
-
-def test_an_interrupted_run_goes_on_as_if_never_stopped(
-    tmp_path: Path, undisturbed: Tensor
-) -> None:
-    def interrupt(status: Mapping[str, Any]) -> None:
-        if status["updates"] > 100:
-            raise KeyboardInterrupt
-
-    interrupted = run(tmp_path / "run", progress=interrupt)
-    resumed = run(tmp_path / "run", resume=tmp_path / "run")
-
-    assert interrupted.stopped_because == "interrupted"
-    assert interrupted.metrics["loss"] > 0
-    assert resumed.stopped_because == f"{UPDATES} updates"
-    assert torch.equal(params(tmp_path / "run"), undisturbed)
 
 
 def test_a_failing_loss_ends_the_run_and_leaves_its_record(tmp_path: Path) -> None:

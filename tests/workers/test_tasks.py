@@ -9,8 +9,9 @@ from pathlib import Path
 import cloudpickle
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from torch import nn
+from torch import Tensor, nn
 
 from paramserver.errors import DataError, PluginError, TaskError
 from workers.batches import Batches
@@ -62,10 +63,24 @@ def test_digits_are_split_by_class_and_always_the_same() -> None:
     data, again = build_data(task("digits")), build_data(task("digits"))
     images, classes = data.test.batch(torch.arange(len(data.test)))
 
-    assert (len(data.train), len(data.test)) == (1437, 360)
-    assert classes.bincount().tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
-    assert images.equal(again.test.batch(torch.arange(360))[0])
+    assert (len(data.train), len(data.test)) == (1438, 359)
+    assert classes.bincount().tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
+    assert images.equal(again.test.batch(torch.arange(359))[0])
     assert images.dtype == torch.float32
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    def rows(images: Tensor, classes: Tensor) -> list[tuple[float, ...]]:
+        return sorted(map(tuple, torch.column_stack([images, classes]).tolist()))
+
+    data = build_data(task("digits"))
+    parts = [part.batch(torch.arange(len(part))) for part in (data.train, data.test)]
+    images, classes = (torch.cat(column) for column in zip(*parts, strict=True))
+    theirs, their_classes = map(torch.from_numpy, load_digits(return_X_y=True))
+
+    pixels = (images * 0.3760 + 0.3053) * 16
+
+    assert rows(pixels.round(), classes) == rows(theirs, their_classes)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
