@@ -6,6 +6,7 @@ where it was: runs that have finished are not made again.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import sys
@@ -156,13 +157,12 @@ def _optimizers(flags: ExperimentFlags) -> int:
         raise UsageError(f"only={flags.only} names none of: {names}")
     modes: tuple[Mode, ...] = ("async", "sync") if flags.mode == "both" else (flags.mode,)
     what, console = task(flags.task), Console(stderr=True, highlight=False)
+    runs = [(c, mode, flags.out / f"{mode}-{_slug(c.name)}") for c in wanted for mode in modes]
+    is_complete = all(_finished(folder).exists() for *_, folder in runs)
     rows, folders, failed = [], {}, 0
-    with ray_session(None, flags.workers + 2):
-        for number, (contender, mode) in enumerate((c, m) for c in wanted for m in modes):
-            folder = flags.out / f"{mode}-{_slug(contender.name)}"
-            console.print(
-                f"{number + 1}/{len(wanted) * len(modes)}  {contender.name}, {mode}", markup=False
-            )
+    with contextlib.nullcontext() if is_complete else ray_session(None, flags.workers + 2):
+        for number, (contender, mode, folder) in enumerate(runs):
+            console.print(f"{number + 1}/{len(runs)}  {contender.name}, {mode}", markup=False)
             try:
                 record = _record(what, contender, mode, folder, flags)
             except ParamServerError as error:
@@ -185,11 +185,15 @@ def _slug(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
 
 
+def _finished(folder: Path) -> Path:
+    return folder / "result.json"
+
+
 def _record(
     what: Task, contender: Contender, mode: Mode, folder: Path, flags: ExperimentFlags
 ) -> Mapping[str, Any]:
     """Return the result of a run, which is made if it is not there."""
-    finished = folder / "result.json"
+    finished = _finished(folder)
     if finished.exists():
         record: Mapping[str, Any] = json.loads(finished.read_text())
         then, now = record["config"]["seed"], flags.seed

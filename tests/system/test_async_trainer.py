@@ -67,7 +67,7 @@ def test_digits_reach_97_percent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "shards"),
     [
-        pytest.param(None, 1, id="asp-1"),
+        pytest.param(None, 1, id="asp-1", marks=pytest.mark.long),
         pytest.param(None, 3, id="asp-3", marks=pytest.mark.long),
         pytest.param(SSP(bound=1), 1, id="ssp-1", marks=pytest.mark.long),
         pytest.param(SSP(bound=1), 3, id="ssp-3"),
@@ -181,18 +181,22 @@ def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None
         AsyncTrainer(frozen, SGD(lr=0.1), RunConfig(updates=1, out=tmp_path / "run")).fit()
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    quadratic_run(tmp_path / "run", SGD(lr=0.05), updates=5)().fit()
+@pytest.fixture(scope="module")
+def finished(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run with SGD."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    quadratic_run(out, SGD(lr=0.05), updates=5)().fit()
+    return out
 
+
+def test_a_folder_of_another_run_is_refused(finished: Path) -> None:
     with pytest.raises(RecordError, match="another run"):
-        quadratic_run(tmp_path / "run", SGD(lr=0.05), updates=5)().fit()
+        quadratic_run(finished, SGD(lr=0.05), updates=5)().fit()
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
-    quadratic_run(tmp_path / "run", SGD(lr=0.05), updates=5)().fit()
-
+def test_a_checkpoint_of_another_optimizer_is_refused(finished: Path) -> None:
     with pytest.raises(CheckpointError, match="was trained with"):
-        quadratic_run(None, Adam(), resume=tmp_path / "run")().fit()  # type: ignore[arg-type]
+        quadratic_run(None, Adam(), resume=finished)().fit()  # type: ignore[arg-type]
 
 
 def test_more_workers_than_samples_are_refused(tmp_path: Path) -> None:
