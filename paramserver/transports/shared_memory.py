@@ -36,7 +36,7 @@ from paramserver.errors import (
 )
 from paramserver.messages import Kind, Message, raise_failure
 from paramserver.transports import Server
-from paramserver.transports.link import SPIN_S, Link, abstract
+from paramserver.transports.link import SERVER_SPIN_S, Link, abstract
 from paramserver.transports.segment import Segment, check_memory
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class Host:
                 self._accept()
 
     def _spin(self) -> list[tuple[int, int]]:
-        until = time.perf_counter() + SPIN_S
+        until = time.perf_counter() + SERVER_SPIN_S
         while time.perf_counter() < until:
             if ready := self._poller.poll(0):
                 return ready
