@@ -32,6 +32,7 @@ from paramserver.errors import (
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
 from paramserver.optimizers import AnyOptimizer
+from paramserver.optimizers.push_form import Place, PushForm
 from paramserver.rounds import RoundProgram
 from paramserver.rules import Damping, RuleSpec
 from paramserver.sequencer import Budget, Progress, Sequencer
@@ -58,7 +59,9 @@ class Plan:
     task: Task
     optimizer: AnyOptimizer
     program: RoundProgram | None
-    """What the optimizer builds, if that is a round program."""
+    """What the optimizer builds, if that is a round program and runs in rounds."""
+    form: PushForm | None
+    """How it is pushed, if it is a round program and does not."""
     config: RunConfig
     rule: RuleSpec
     damping: Damping | None
@@ -193,7 +196,8 @@ class Fleet:
             capacity=self._capacity(),
             token=self._token,
             fingerprint=self._layout.fingerprint,
-            optimizer=self._plan.optimizer,
+            optimizer=self._built_at(cut),
+            slot_rows=self._slot_rows,
             schedule=self._config.schedule,
             clip=self._clip_at_shard,
             average=self._config.average,
@@ -208,8 +212,17 @@ class Fleet:
     @property
     def _slot_rows(self) -> int:
         """Rows of a slot: a whole program may ask for a matrix."""
-        program = self._plan.program
+        program, form = self._plan.program, self._plan.form
+        if form is not None:
+            return form.num_rows(self._layout.numel)
         return self._layout.numel if program is not None and program.whole else 1
+
+    def _built_at(self, cut: range) -> AnyOptimizer:
+        """Return what the shard of ``cut`` builds its rule or program from."""
+        form = self._plan.form
+        if form is None:
+            return self._plan.optimizer
+        return replace(form, place=Place(cut, self._layout.numel, self._config.workers))
 
     def _capacity(self) -> int:
         """Buffers of a shard: for workers, a replacement, the evaluator, and one to write.
@@ -224,7 +237,6 @@ class Fleet:
             return None
         return RoundsConfig(
             cut=cut,
-            num_rows=self._slot_rows,
             num_examples=self._plan.num_train,
             num_workers=self._config.workers,
             finished=int(self._start.extra.get("rounds", 0)),
@@ -242,6 +254,16 @@ class Fleet:
         if self._plan.program is not None:
             ref = self._workers[worker].answer.remote(
                 self._servers, worker, self._incarnations[worker]
+            )
+            self._runs[ref] = worker
+            return
+        if self._plan.form is not None:
+            ref = self._workers[worker].push.remote(
+                self._servers,
+                worker,
+                self._incarnations[worker],
+                self._config.workers,
+                self._plan.form,
             )
             self._runs[ref] = worker
             return

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+from torch import nn
+
 from async_sgd.fleet import Fleet, Plan
 from async_sgd.rules import RULES
 from async_sgd.rules.asynchronous import Asynchronous
@@ -25,6 +27,7 @@ from paramserver.errors import CheckpointError
 from paramserver.layout import Layout
 from paramserver.optimizers import OPTIMIZERS, AnyOptimizer
 from paramserver.optimizers.base import needs_norm
+from paramserver.optimizers.push_form import PushForm
 from paramserver.record import Result
 from paramserver.rounds import RoundOptimizer, build_program, check_size
 from paramserver.rules import Damping, RuleSpec
@@ -53,7 +56,7 @@ class AsyncTrainer:
         Args:
             task: What is trained.
             optimizer: Applied on the server, to every update; or a round program, whose requests
-                workers answer piece by piece.
+                workers answer piece by piece. Under another rule than pieces, its push form.
             config: Size, budget and deadlines.
             rule: Which pushes are applied and who waits for whom; None is asynchronous, and
                 pieces for a round program.
@@ -68,6 +71,9 @@ class AsyncTrainer:
         self.config = config or RunConfig()
         self.program = build_program(optimizer)
         self.rule: RuleSpec = rule or (Asynchronous() if self.program is None else Pieces())
+        self.form: PushForm | None = None
+        if self.program is not None and not isinstance(self.rule, Pieces):
+            self.form, self.program = self._push_form(), None
         self.damping, self.shards = damping, shards
         self.progress = progress
         self._check_program()
@@ -84,19 +90,31 @@ class AsyncTrainer:
                 "shards, which no shard has: use 1 shard, or a rule that averages nothing"
             )
 
+    def _push_form(self) -> PushForm:
+        """Return a round program's push form; raise ValueError if it has none, or not so."""
+        name, rule = OPTIMIZERS.name_of(self.optimizer), RULES.name_of(self.rule)
+        if not hasattr(self.optimizer, "pushes"):
+            raise ValueError(
+                f"{name} is a round program without a push form: it runs under rule pieces, not "
+                f"{rule}"
+            )
+        form: PushForm = self.optimizer.pushes()
+        if self.rule.build(self.config.workers).gathers:
+            raise ValueError(
+                f"{name} keeps what each worker has pushed, and rule {rule} averages it over the "
+                "workers: use asp, ssp or bounded, or pieces"
+            )
+        return form
+
     def _check_program(self) -> None:
         """Raise ValueError for what a round program, or a push rule, cannot be combined with."""
         name = OPTIMIZERS.name_of(self.optimizer)
-        if self.program is None:
+        needs = self.program or self.form
+        if needs is None:
             if isinstance(self.rule, Pieces):
                 raise ValueError(f"rule pieces is for round programs, and {name} is a push rule")
             return
-        if not isinstance(self.rule, Pieces):
-            raise ValueError(
-                f"{name} is a round program, which runs under rule pieces, not "
-                f"{RULES.name_of(self.rule)}"
-            )
-        if self.damping is not None:
+        if self.damping is not None and self.program is not None:
             raise ValueError(f"{name} is a round program: nothing in a round is stale, or damped")
         if self.config.clip is not None:
             raise ValueError(
@@ -106,7 +124,7 @@ class AsyncTrainer:
             raise ValueError(
                 f"{name} is a round program, which needs exact gradients: use gradient=reverse"
             )
-        if self.program.whole and self.shards > 1:
+        if needs.whole and self.shards > 1:
             raise ValueError(
                 f"{name} needs the whole vector in one place: use 1 shard, not {self.shards}"
             )
@@ -125,11 +143,18 @@ class AsyncTrainer:
         layout = Layout.of(model)
         if self.program is not None:
             check_size(cast(RoundOptimizer, self.optimizer), self.program, layout.flatten(model))
+        if self.form is not None and self.form.whole:
+            self.form.build([nn.Parameter(layout.flatten(model), requires_grad=False)])
         cuts = layout.cuts(self.shards)
         num_train = len(build_data(self.task).train)
         if num_train < self.config.workers:
             raise ValueError(
                 f"{self.config.workers} workers cannot share {num_train} samples: use fewer"
+            )
+        if self.form is not None and (self.form.spec.batch or 1) * self.config.workers > num_train:
+            raise ValueError(
+                f"{self.config.workers} workers cannot each push {self.form.spec.batch} of "
+                f"{num_train} samples: use a smaller batch"
             )
         run = Run.start(self.task, self.config, layout, self._described())
         start = run.resumed or Checkpoint.fresh(
@@ -157,6 +182,7 @@ class AsyncTrainer:
             task=self.task,
             optimizer=self.optimizer,
             program=self.program,
+            form=self.form,
             config=self.config,
             rule=self.rule,
             damping=self.damping,
@@ -169,7 +195,8 @@ class AsyncTrainer:
 
     def optimizer_description(self) -> dict[str, object]:
         """Return the optimizer as the record holds it."""
-        return OPTIMIZERS.describe(self.optimizer)
+        described = OPTIMIZERS.describe(self.optimizer)
+        return described if self.form is None else {**described, "form": "pushes"}
 
     def _described(self) -> dict[str, object]:
         """Return what the record says of this trainer, beside the run's configuration."""

@@ -48,13 +48,21 @@ class Contender:
     as many more as there are workers."""
     average: str | None = None
     """As ``--average`` takes it."""
+    rule: str | None = None
+    """As ``--rule`` takes it: a round program's push form, in asynchronous mode alone."""
 
     @property
     def name(self) -> str:
         """What tables and folders call it."""
-        return (
-            self.optimizer if self.average is None else f"{self.optimizer} average={self.average}"
+        options = {"average": self.average, "rule": self.rule}
+        return " ".join(
+            [self.optimizer, *(f"{key}={value}" for key, value in options.items() if value)]
         )
+
+    @property
+    def is_program(self) -> bool:
+        """Whether it runs in rounds."""
+        return self.rule is None and build_program(OPTIMIZERS.parse(self.optimizer)) is not None
 
 
 PUSHED = 600
@@ -81,6 +89,13 @@ OPTIMIZERS_COMPARED = (
     Contender("natural:kl=0.003,damping=0.01,cg_iterations=20", 30),
     Contender("natural:metric=diagonal,kl=0.001,damping=0.001", 60),
     Contender("natural:metric=dense,kl=0.03", 12),
+    Contender("coordinate:block=64", 60, rule="asp"),
+    Contender("bfgs:lr=0.1,batch=256", 150, rule="asp"),
+    Contender("lbfgs:lr=0.3,batch=256", 150, rule="asp"),
+    Contender("newton:lr=0.3,damping=1", 20, rule="asp"),
+    Contender("saddle-free:lr=0.3,damping=0.1", 20, rule="asp"),
+    Contender("natural:metric=diagonal,kl=0.001,damping=0.001,batch=128", 200, rule="asp"),
+    Contender("natural:metric=dense,kl=0.01,batch=256", 20, rule="asp"),
 )
 """Settings that suit the default task; budgets of some seconds each."""
 
@@ -157,7 +172,12 @@ def _optimizers(flags: ExperimentFlags) -> int:
         raise UsageError(f"only={flags.only} names none of: {names}")
     modes: tuple[Mode, ...] = ("async", "sync") if flags.mode == "both" else (flags.mode,)
     what, console = task(flags.task), Console(stderr=True, highlight=False)
-    runs = [(c, mode, flags.out / f"{mode}-{_slug(c.name)}") for c in wanted for mode in modes]
+    runs = [
+        (contender, mode, flags.out / f"{mode}-{_slug(contender.name)}")
+        for contender in wanted
+        for mode in modes
+        if mode == "async" or contender.rule is None
+    ]
     is_complete = all(_finished(folder).exists() for *_, folder in runs)
     rows, folders, failed = [], {}, 0
     with contextlib.nullcontext() if is_complete else ray_session(None, flags.workers + 2):
@@ -200,11 +220,11 @@ def _record(
         if then != now or record["workers"] != flags.workers or record["task"] != what.name:
             raise RecordError(f"{folder} holds a run of other settings: choose another out")
         return record
+    from async_sgd.rules import RULES  # noqa: PLC0415
     from async_sgd.trainer import AsyncTrainer  # noqa: PLC0415  # imports Ray
     from sync.trainer import SyncTrainer  # noqa: PLC0415  # imports torch.distributed
 
-    optimizer = OPTIMIZERS.parse(contender.optimizer)
-    pushes = build_program(optimizer) is None and mode == "async"
+    pushes = mode == "async" and not contender.is_program
     config = RunConfig(
         workers=flags.workers,
         updates=contender.updates * (flags.workers if pushes else 1),
@@ -214,14 +234,16 @@ def _record(
         checkpoint_every_s=0,
         out=folder,
     )
-    trainer = AsyncTrainer if mode == "async" else SyncTrainer
-    return trainer(what, optimizer, config).fit().record
+    optimizer = OPTIMIZERS.parse(contender.optimizer)
+    if mode == "sync":
+        return SyncTrainer(what, optimizer, config).fit().record
+    rule = None if contender.rule is None else RULES.parse(contender.rule)
+    return AsyncTrainer(what, optimizer, config, rule=rule).fit().record
 
 
 def _row(contender: Contender, mode: Mode, record: Mapping[str, Any], what: Task) -> Row:
-    is_program = build_program(OPTIMIZERS.parse(contender.optimizer)) is not None
     num_train = len(what.data().train)
-    forms = {"async": "rounds" if is_program else "pushes", "sync": "all-reduce"}
+    forms = {"async": "rounds" if contender.is_program else "pushes", "sync": "all-reduce"}
     return Row(
         optimizer=contender.name,
         mode=mode,

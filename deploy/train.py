@@ -74,7 +74,7 @@ class TrainFlags(RunConfig):
 
     rule: RuleSpec | None = None
     """Who waits for whom, one of `paramserver list rules`; async only, where it is asp unless
-    given."""
+    given, or pieces for a round program, which any other rule runs in its push form."""
 
     damping: Damping | None = None
     """Shortens the steps of stale gradients, one of `paramserver list dampings`; async only, where

@@ -40,9 +40,6 @@ class RoundsConfig:
     cut: range
     """The shard's range of the parameters."""
 
-    num_rows: int
-    """Rows of a slot: 1, or the number of parameters for a program that asks for matrices."""
-
     num_examples: int
     """Training samples there are."""
 
@@ -86,6 +83,9 @@ class ShardConfig:
 
     schedule_state: dict[str, Any] | None = None
 
+    slot_rows: int = 1
+    """Rows of a slot; more than one for pushes of several and programs that ask for matrices."""
+
     threads: int = 1
     """torch threads of the process."""
 
@@ -101,13 +101,12 @@ class ShardServer:
         torch.set_num_threads(config.threads)
         self._config = config
         vector = torch.from_numpy(np.array(params))  # Ray's arrays are read-only views
-        rounds = config.rounds
         self._host = Host(
             config.address,
             vector.numel(),
             config.capacity,
             vector.dtype,
-            slot_rows=1 if rounds is None else rounds.num_rows,
+            slot_rows=config.slot_rows,
         )
         self._shard = self._make_shard(vector)
         if config.rule_state is not None:
@@ -126,13 +125,14 @@ class ShardServer:
                 clip=c.clip,
                 average=c.average,
                 version=c.version,
+                num_rows=c.slot_rows,
             )
         return RoundShard(
             params,
             cast(RoundOptimizer, c.optimizer),
             self._host.buffers,
             cut=c.rounds.cut,
-            num_rows=c.rounds.num_rows,
+            num_rows=c.slot_rows,
             schedule=c.schedule,
             average=c.average,
             version=c.version,

@@ -289,7 +289,8 @@ class Sequencer:
         if step:
             self._bump()
         return Message(
-            Kind.ORDER, Action.TAKE, m.worker, m.incarnation, m.seq, version=self.version,
+            Kind.ORDER, Action.TAKE, m.worker, m.incarnation, m.seq,
+            clock=self._workers[m.worker].clock, version=self.version,
             samples=m.samples, step=int(step), scale=scale, norm=m.norm, loss=m.loss,
         )  # fmt: skip
 
@@ -349,8 +350,8 @@ class Sequencer:
                 state.waits_since, state.waits_for = None, frozenset()
             self.conservation.on_read(worker, self.version)
             state.read_at = now
-            orders.append(self._order(Action.READ, worker))
+            orders.append(self._order(Action.READ, worker, state.seq))
         return orders
 
-    def _order(self, action: Action, worker: int) -> Message:
-        return Message(Kind.ORDER, action, worker, version=self.version)
+    def _order(self, action: Action, worker: int, seq: int = 0) -> Message:
+        return Message(Kind.ORDER, action, worker, seq=seq, version=self.version)

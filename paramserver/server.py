@@ -46,11 +46,11 @@ class Memory(Protocol):
         """Return the gradient slot of a connection, shape ``(n,)``; the same one at each call."""
 
 
-def grant(order: Message, lease: Lease) -> Message:
+def grant(order: Message, lease: Lease, text: str = "") -> Message:
     """Return the message that tells a reader what ``order`` leased to it."""
     return Message(
         Kind.GRANT, worker=order.worker, seq=order.seq, version=lease.version, buffer=lease.buffer,
-        vector=lease.vector,
+        vector=lease.vector, text=text,
     )  # fmt: skip
 
 
@@ -284,9 +284,6 @@ class Leader(_Server):
 
     def _carry_out(self, orders: Sequence[Message]) -> None:
         for order in orders:
-            worker = order.worker
-            if order.action == Action.READ and worker >= 0:
-                order = order._replace(seq=self.sequencer.seq(worker))  # noqa: PLW2901
             for follower in self._followers:
                 self._send(follower, order)
             try:
@@ -295,8 +292,8 @@ class Leader(_Server):
                 self._break(error)
                 return
             if lease is not None:
-                granted = grant(order, lease)._replace(text=self._told(worker))
-                self._answer(worker, order.seq, granted)
+                granted = grant(order, lease, self._told(order.worker))
+                self._answer(order.worker, order.seq, granted)
 
     def _told(self, worker: int) -> str:
         """Return what ``worker`` is told with its read; a push rule has nothing to say."""

@@ -32,6 +32,7 @@ from paramserver.errors import LayoutError, ProtocolError, ResourceError
 from paramserver.messages import Action, Message
 from paramserver.optimizers import Optimizer
 from paramserver.optimizers.base import needs_norm
+from paramserver.optimizers.push_form import PushedRule
 from paramserver.schedules import Schedule
 
 
@@ -233,6 +234,7 @@ class Shard(Held):
         clip: Clip | None = None,
         average: Average | None = None,
         version: int = 0,
+        num_rows: int = 1,
     ) -> None:
         """Start at ``params``, shape ``(n,)``.
 
@@ -245,8 +247,9 @@ class Shard(Held):
             average: Of the iterates, which readers that do not push then see; None shows the
                 parameters.
             version: Updates that made ``params``.
+            num_rows: Rows of ``n`` that are pushed: 1 is a gradient.
         """
-        super().__init__(params.numel(), params.dtype, version)
+        super().__init__(num_rows * params.numel(), params.dtype, version)
         self.snapshots = Snapshots(buffers, params)
         self._param = nn.Parameter(self.snapshots.params, requires_grad=False)
         self.rule = optimizer.build([self._param])
@@ -258,6 +261,7 @@ class Shard(Held):
         self._full_weight = 0.0  # sum of weight
         self._loss = 0.0  # sum of weight * loss
         self._norm_needed = clip is not None or needs_norm(optimizer)
+        self._pushed = self.rule if isinstance(self.rule, PushedRule) else None
 
     def _lease(self, reader: int) -> Lease:
         mean = self.averager.average() if self.averager is not None and reader < 0 else None
@@ -269,6 +273,8 @@ class Shard(Held):
         self.snapshots.release(reader)
 
     def _take(self, grad: Tensor, order: Message) -> None:
+        if self._pushed is not None:
+            self._pushed.came_from(order.worker, order.clock, order.samples)
         if order.step and self._gathered_nothing:
             self._apply(grad, order.loss, order.norm, order.scale, order.version)
             return
@@ -319,8 +325,9 @@ class Shard(Held):
         self.rule.told(loss, norm)
         if self._clip is not None:
             self._clip.apply_(grad, norm)
-        self._param.data = self.snapshots.writable()
-        self.rule.apply([grad], scale)
+        if self._pushed is None or self._pushed.touches():
+            self._param.data = self.snapshots.writable()
+            self.rule.apply([grad], scale)
         if self.scheduler is not None:
             self.scheduler.step()
         if self.averager is not None:

@@ -14,6 +14,7 @@ from paramserver.clipping import Clip
 from paramserver.errors import ParamServerError
 from paramserver.layout import Layout
 from paramserver.messages import Kind, Message
+from paramserver.optimizers.push_form import PushForm
 from paramserver.transports.shared_memory import SharedMemoryConnection
 from workers.batches import Batches
 from workers.estimate import GradientMode
@@ -21,6 +22,7 @@ from workers.gradients import BoundModel
 from workers.loop import Finished, train
 from workers.oracles import Oracle
 from workers.pieces import answer
+from workers.pushes import Maker, push
 from workers.task import Task, build_data, build_model, evaluate, recalibrate_batchnorm
 
 
@@ -38,7 +40,8 @@ class Servers:
     wait_s: float
     """Seconds an answer may take when a rule may make the worker wait."""
     slot_rows: int = 1
-    """Rows of a slot; more than one for a round program that asks for matrices."""
+    """Rows of a slot; more than one for pushes of several, and for a program that asks for
+    matrices."""
 
     def connect(self, worker: int, incarnation: int) -> Client:
         """Join as ``worker``, or as a reader if it is below 0: followers first, then the leader."""
@@ -119,6 +122,15 @@ class Worker:
                 gradient=gradient,
                 clip=clip,
             )
+
+    def push(
+        self, servers: Servers, worker: int, incarnation: int, num_workers: int, form: PushForm
+    ) -> Finished:
+        """Push what ``form`` needs until the run has ended."""
+        oracle = Oracle(self._task, self._model, servers.layout, self._examples, self._seed)
+        maker = Maker(form, oracle, servers.layout, len(self._examples), worker, num_workers)
+        with servers.connect(worker, incarnation) as client:
+            return push(maker, servers.cuts, client)
 
     def answer(self, servers: Servers, worker: int, incarnation: int) -> Finished:
         """Answer a round program's requests until the run has ended."""

@@ -40,6 +40,7 @@ OPTIMIZERS: Registry[AnyOptimizer] = Registry("optimizer")
 _PUSH = {"kind": "push rule", "asynchronous": "pushes"}
 _ROUNDS = {"kind": "round program", "asynchronous": "rounds"}
 _WHOLE = {"kind": "round program, 1 shard", "asynchronous": "rounds"}
+_BOTH = {"asynchronous": "rounds, or pushes under another rule than pieces"}
 
 for _name, _factory, _source, _facts in (
     ("sgd", SGD, "Robbins & Monro, Ann. Math. Stat. 22(3), 1951", {**_PUSH, "memory": "0"}),
@@ -86,7 +87,7 @@ for _name, _factory, _source, _facts in (
         "coordinate",
         CoordinateDescent,
         "Wright, Math. Program. 151, 2015, arXiv:1502.04759",
-        {**_ROUNDS, "memory": "0"},
+        {**_ROUNDS, **_BOTH, "memory": "0"},
     ),
     (
         "cg",
@@ -94,14 +95,14 @@ for _name, _factory, _source, _facts in (
         "Polak & Ribiere, 1969; Nocedal & Wright, ch. 5",
         {**_ROUNDS, "memory": "3 n"},
     ),
-    ("bfgs", BFGS, "Nocedal & Wright, alg. 6.1", {**_WHOLE, "memory": "n x n"}),
+    ("bfgs", BFGS, "Nocedal & Wright, alg. 6.1", {**_WHOLE, **_BOTH, "memory": "n x n"}),
     (
         "lbfgs",
         LBFGS,
         "Nocedal, 1980; vector-free: Chen, Wang & Zhou, NIPS 2014",
-        {**_ROUNDS, "memory": "2 history n"},
+        {**_ROUNDS, **_BOTH, "memory": "2 history n"},
     ),
-    ("newton", Newton, "Nocedal & Wright, ch. 3.4", {**_WHOLE, "memory": "n x n"}),
+    ("newton", Newton, "Nocedal & Wright, ch. 3.4", {**_WHOLE, **_BOTH, "memory": "n x n"}),
     (
         "newton-cg",
         NewtonCG,
@@ -112,7 +113,7 @@ for _name, _factory, _source, _facts in (
         "saddle-free",
         SaddleFreeNewton,
         "Dauphin et al., NIPS 2014, arXiv:1406.2572",
-        {**_WHOLE, "memory": "n x n"},
+        {**_WHOLE, **_BOTH, "memory": "n x n"},
     ),
     (
         "ksd",
@@ -124,7 +125,7 @@ for _name, _factory, _source, _facts in (
         "natural",
         NaturalGradient,
         "Amari, 1998; Pascanu & Bengio, ICLR 2014, arXiv:1301.3584",
-        {**_ROUNDS, "memory": "4 n; dense n x n, 1 shard"},
+        {**_ROUNDS, **_BOTH, "memory": "4 n; dense n x n, 1 shard"},
     ),
 ):
     OPTIMIZERS.register(_name, _factory, source=_source, **_facts)

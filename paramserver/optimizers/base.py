@@ -72,16 +72,20 @@ class PushRule(LeanOptimizer):
         try:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
-            for group, lr in zip(self.param_groups, rates, strict=True):
-                group["lr"] = lr * scale
+            if scale != 1:
+                self._set_rates(lr * scale for lr in rates)
             with torch.no_grad():
                 self._plain_step()
             self._opt_called = True  # a scheduler warns of updates that it thinks are missing
         finally:
-            for group, lr in zip(self.param_groups, rates, strict=True):
-                group["lr"] = lr
+            if scale != 1:
+                self._set_rates(rates)
             for p in params:
                 p.grad = None
+
+    def _set_rates(self, rates: Iterable[float]) -> None:
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            group["lr"] = lr
 
 
 class Optimizer(Protocol):

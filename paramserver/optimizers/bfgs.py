@@ -35,6 +35,7 @@ from paramserver.optimizers.line_search import (
     stay,
     stop_at,
 )
+from paramserver.optimizers.push_form import PairRule, PushForm, first_direction, refuse_set
 from paramserver.rounds import Round, RoundProgram, Sample, Step, check_holds, dots
 
 
@@ -73,8 +74,7 @@ class BFGSProgram(RoundProgram):
 
         if sy > settings["min_curvature"] * math.sqrt(ss * yy):
             if inverse is None:
-                scale = sy / yy if settings["scale"] else 1.0
-                inverse = scale * torch.eye(len(x), dtype=x.dtype, device=x.device)
+                inverse = first_inverse(s, sy / yy if settings["scale"] else 1.0)
             inverse = updated(inverse, s, y, sy)
         if inverse is None:
             memory.pop("inverse", None)
@@ -82,6 +82,27 @@ class BFGSProgram(RoundProgram):
             memory["inverse"] = inverse
         remember(end, on, memory)
         return Step(end.x, start.loss, stop_at(end, settings["tolerance"], on))
+
+
+class BFGSPushRule(PairRule):
+    """Dense BFGS from pairs that workers made; ``memory`` holds ``inverse``."""
+
+    def learn(self, s: Tensor, y: Tensor, sy: float, yy: float) -> None:
+        """Update H."""
+        inverse: Tensor | None = self.memory.get("inverse")
+        if inverse is None:
+            inverse = first_inverse(s, sy / yy if self.settings["scale"] else 1.0)
+        self.memory["inverse"] = updated(inverse, s, y, sy)
+
+    def direction(self, g: Tensor) -> Tensor:
+        """Return -H g."""
+        inverse: Tensor | None = self.memory.get("inverse")
+        return first_direction(g) if inverse is None else -(inverse @ g)
+
+
+def first_inverse(like: Tensor, scale: float) -> Tensor:
+    """Return ``scale`` times the identity, for a vector ``like`` this one."""
+    return scale * torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
 def updated(inverse: Tensor, s: Tensor, y: Tensor, sy: float) -> Tensor:
@@ -105,10 +126,10 @@ class BFGS:
     """Quasi-Newton steps with the whole inverse Hessian, learnt from gradients; small models."""
 
     lr: float = 1.0
-    """First step a line search tries; 1 is Newton's own."""
+    """First step a line search tries, or the step of a push; 1 is Newton's own."""
 
     batch: int | None = None
-    """Training samples of a round; None takes all."""
+    """Training samples of a round or a push; None takes all, or the worker's share of all."""
 
     tolerance: float = 1e-5
     """The run ends when the gradient's 2-norm is at most this; 0: where it is 0."""
@@ -146,3 +167,12 @@ class BFGS:
         """
         check_holds("bfgs", sum(p.numel() for p in params), self.limit, "lbfgs")
         return BFGSProgram(params, asdict(self))
+
+    def pushes(self) -> PushForm:
+        """Return the form in which workers push gradients and pairs, and no line is searched.
+
+        Raises:
+            ValueError: A key is set that only rounds have.
+        """
+        refuse_set("bfgs", self, ("tolerance", "c1", "c2", "max_evaluations"))
+        return PushForm(name="bfgs", spec=self, rule=BFGSPushRule, work="pair", whole=True)

@@ -18,7 +18,9 @@ the price of three to five gradients *for each coordinate*: right for convex mod
 parameters or mostly zero ones, and a waste for neural networks.
 
 Source: Wright, "Coordinate descent algorithms", Math. Program. 151, 2015, arXiv:1502.04759; for
-``l1`` Friedman, Hastie, Höfling & Tibshirani, Ann. Appl. Stat. 1(2), 2007, arXiv:0708.1485.
+``l1`` Friedman, Hastie, Höfling & Tibshirani, Ann. Appl. Stat. 1(2), 2007, arXiv:0708.1485. Pushes:
+Liu, Wright, Ré, Bittorf & Sridhar, "An Asynchronous Parallel Stochastic Coordinate Descent
+Algorithm", JMLR 16, 2015, arXiv:1311.1873.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.optimizers.base import check_above_0, check_from_0
+from paramserver.optimizers.push_form import PushedRule, PushForm, refuse_set
 from paramserver.rounds import Ask, Round, RoundProgram, Sample, Step, Sum, Sums, finite
 
 Order = Literal["cyclic", "random"]
@@ -105,7 +108,7 @@ class CoordinateDescentProgram(RoundProgram):
         first = loss = finite(answer.loss, "the loss")
         g, v = yield from self._shared(coords, answer.vector, y)  # v: y at coords, as all know it
         for places in torch.arange(len(coords)).split([len(b) for b in blocks]):
-            if _is_optimal(g[places], v[places], l1):
+            if is_optimal(g[places], v[places], l1):
                 continue
             # Padding is 0 and has no gradient; like anything that rests so, it is left out.
             at = places[(g[places] != 0) | (v[places] != 0)]
@@ -197,9 +200,42 @@ def minimise_block(h: Tensor, g: Tensor, x: Tensor, *, l1: float, lr: float, eps
     return torch.from_numpy(z) - x
 
 
-def _is_optimal(g: Tensor, x: Tensor, l1: float) -> bool:
+def is_optimal(g: Tensor, x: Tensor, l1: float) -> bool:
     """Whether 0 is in g + l1 ∂‖x‖₁, so that no step could help."""
     return bool(torch.where(x == 0, g.abs() <= l1, g + l1 * torch.sign(x) == 0).all())
+
+
+class CoordinatePushRule(PushedRule):
+    """Moves the coordinates of one block by what a worker found for them; touches nothing else.
+
+    Blocks go round among the workers: push ``clock`` of a worker has turn
+    ``(clock - 1) * num_workers + worker``. With rows z and v, where the coordinates should go and
+    where they were read, x_B ← x_B + z - v, and z itself if nobody has moved x_B meanwhile: zeros
+    of an l1 penalty stay zeros.
+
+    On a quadratic, blocks that are all computed at one old point are the Jacobi iteration, which
+    need not converge where the Gauss-Seidel iteration does; damping the steps helps.
+    """
+
+    def touches(self) -> bool:
+        """Whether the block has coordinates in this slice."""
+        return len(self._own()) > 0
+
+    def update(self, x: Tensor, rows: Tensor, scale: float) -> None:
+        """Move the own coordinates of the block."""
+        own, start = self._own(), self.place.cut.start
+        at = slice(own.start - start, own.stop - start)
+        z, v, old = rows[0, at], rows[1, at], x[at].clone()
+        x[at] = old + (z - v) * scale
+        if scale == 1:
+            x[at] = torch.where(old == v, z, x[at])
+
+    def _own(self) -> range:
+        s, (cut, numel, num_workers) = self.settings, self.place
+        order = BlockOrder(numel, s["block"], s["order"], s["seed"])
+        block = order.at((self.clock - 1) * num_workers + self.worker)
+        start = max(block.start, cut.start)
+        return range(start, max(start, min(block.stop, cut.stop)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +260,7 @@ class CoordinateDescent:
     A checkpoint is of whole rounds, and a round that is cut off is made again."""
 
     batch: int | None = None
-    """Samples that a round looks at, drawn anew for each; None takes all."""
+    """Samples that a round, or a push, looks at, drawn anew for each; None takes all."""
 
     tolerance: float = 1e-6
     """The run ends after a sweep in which no parameter moved further, 0 or more; 0 goes on."""
@@ -248,3 +284,12 @@ class CoordinateDescent:
     def build(self, params: Sequence[nn.Parameter]) -> CoordinateDescentProgram:
         """Make the program for one flat parameter, the own slice."""
         return CoordinateDescentProgram(params, asdict(self))
+
+    def pushes(self) -> PushForm:
+        """Return the form in which each worker moves a block of its own.
+
+        Raises:
+            ValueError: A key is set that only rounds have.
+        """
+        refuse_set("coordinate", self, ("blocks_per_round", "tolerance"))
+        return PushForm(name="coordinate", spec=self, rule=CoordinatePushRule, work="block")

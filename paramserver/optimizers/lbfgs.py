@@ -9,7 +9,8 @@ A pair is left out where yᵀs ≤ ε ‖s‖ ‖y‖. Both gradients of a pair 
 sample: with ``batch``, y is never the difference between two samples.
 
 Sources: Liu & Nocedal, Math. Programming 45, 1989; Chen, Wang & Zhou, "Large-scale L-BFGS using
-MapReduce", NIPS 2014.
+MapReduce", NIPS 2014. Pushes: Schraudolph, Yu & Günter, "A Stochastic Quasi-Newton Method for
+Online Convex Optimization", AISTATS 2007.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from paramserver.optimizers.line_search import (
     stay,
     stop_at,
 )
+from paramserver.optimizers.push_form import PairRule, PushForm, first_direction, refuse_set
 from paramserver.rounds import Round, RoundProgram, Sample, Step, dots, gram
 
 
@@ -110,6 +112,25 @@ def coefficients(products: Tensor) -> Tensor:
     return products.new_tensor(c)
 
 
+class LBFGSPushRule(PairRule):
+    """L-BFGS from pairs that workers made; ``memory`` as that of `LBFGSProgram`."""
+
+    def learn(self, s: Tensor, y: Tensor, sy: float, yy: float) -> None:
+        """Keep the pair, and forget the oldest of too many."""
+        for name, new in (("steps", s), ("changes", y)):
+            kept = self.memory.get(name, new.new_empty(0, len(new)))
+            oldest = max(0, len(kept) + 1 - self.settings["history"])
+            self.memory[name] = torch.cat([kept[oldest:], new[None]])
+
+    def direction(self, g: Tensor) -> Tensor:
+        """Return -H g by the two-loop recursion."""
+        if "steps" not in self.memory:
+            return first_direction(g)
+        steps, changes = self.memory["steps"], self.memory["changes"]
+        vectors = torch.cat([steps, changes, g[None]]).double()
+        return combined(coefficients(vectors @ vectors.T), steps, changes, g)
+
+
 def combined(c: Tensor, steps: Tensor, changes: Tensor, g: Tensor) -> Tensor:
     """Return the own slice of the sum of s, y and g, each times its coefficient in ``c``."""
     k = len(steps)
@@ -122,10 +143,10 @@ class LBFGS:
     """Quasi-Newton steps from the last few gradients; works on any number of parameters."""
 
     lr: float = 1.0
-    """First step a line search tries; 1 is Newton's own."""
+    """First step a line search tries, or the step of a push; 1 is Newton's own."""
 
     batch: int | None = None
-    """Training samples of a round; None takes all."""
+    """Training samples of a round or a push; None takes all, or the worker's share of all."""
 
     tolerance: float = 1e-5
     """The run ends when the gradient's 2-norm is at most this; 0: where it is 0."""
@@ -155,3 +176,12 @@ class LBFGS:
     def build(self, params: Sequence[nn.Parameter]) -> LBFGSProgram:
         """Make the program for one flat parameter, the own slice."""
         return LBFGSProgram(params, asdict(self))
+
+    def pushes(self) -> PushForm:
+        """Return the form in which workers push gradients and pairs, and no line is searched.
+
+        Raises:
+            ValueError: A key is set that only rounds have.
+        """
+        refuse_set("lbfgs", self, ("tolerance", "c1", "c2", "max_evaluations"))
+        return PushForm(name="lbfgs", spec=self, rule=LBFGSPushRule, work="pair", whole=True)

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.errors import CurvatureError
-from paramserver.optimizers.base import check_above_0, check_from_0
+from paramserver.optimizers.base import check_above_0, check_below_1, check_from_0
 from paramserver.optimizers.conjugate_gradient import cg_solve
 from paramserver.optimizers.line_search import begin, check_search, stop_at
 from paramserver.optimizers.newton import check_count
+from paramserver.optimizers.push_form import PushedRule, PushForm, refuse_set
 from paramserver.rounds import (
     Answer,
     Ask,
@@ -117,6 +118,45 @@ class DenseProgram(NaturalGradientProgram):
         return z.to(g.dtype)
 
 
+class NaturalPushRule(PushedRule):
+    """Natural gradient steps with a running mean of the metrics that workers push.
+
+    The gradient is the push's own, so damping acts on it; the metric F̄ is the mean of many pushes,
+    each ``decay`` times as heavy as the next, and changes slowly: that it is late matters little.
+    ``memory`` holds ``metric``, the decayed sum, and ``weight``, what it is to be divided by.
+    """
+
+    def update(self, x: Tensor, rows: Tensor, scale: float) -> None:
+        """Take up the metric, and step.
+
+        Raises:
+            CurvatureError: F̄ is 0 along the gradient.
+        """
+        s, g, new = self.settings, rows[0], rows[1:]
+        before = self.memory.get("metric", torch.zeros_like(new))
+        metric = before * s["decay"] + new * (1 - s["decay"])
+        weight = self.memory.get("weight", 0.0) * s["decay"] + 1 - s["decay"]
+        z = self._solve(metric / weight, g)
+        length = 1.0
+        if s["kl"] is not None and bool(g.any()):
+            gz = float(torch.dot(g, z))
+            if not 0 < gz < math.inf:
+                raise CurvatureError("gᵀF⁻¹g, the gradient's squared length in the metric,", gz)
+            length = math.sqrt(2 * s["kl"] / gz)
+        self.memory.update(metric=metric, weight=weight)
+        x.sub_(z, alpha=scale * s["lr"] * length)
+
+    def _solve(self, metric: Tensor, g: Tensor) -> Tensor:
+        """Return z from the metric's rows."""
+        damping = self.settings["damping"]
+        if self.settings["metric"] == "diagonal":
+            diagonal = metric[0] + damping
+            return torch.where(diagonal == 0, 0, g / diagonal)
+        precision = len(g) * torch.finfo(g.dtype).eps
+        z = solve_fisher(metric.double(), g.double(), damping=damping, precision=precision)
+        return z.to(g.dtype)
+
+
 def solve_fisher(f: Tensor, g: Tensor, *, damping: float, precision: float) -> Tensor:
     """Return z = (F + λI)⁻¹ g, without the directions in which the model does not change.
 
@@ -165,8 +205,12 @@ class NaturalGradient:
     cg_tolerance: float = 1e-3
     """Conjugate gradients end when the residual is at most this share of the gradient."""
 
+    decay: float = 0.95
+    """Share of the metric that is kept at each push, 0 to below 1; rounds compute F afresh."""
+
     batch: int | None = None
-    """Training samples of a round, for the gradient; None takes all."""
+    """Training samples of a round, for the gradient, or of a push; None takes all, or the worker's
+    share of all."""
 
     curvature_batch: int | None = None
     """Training samples of a round, for F; None takes all."""
@@ -188,6 +232,7 @@ class NaturalGradient:
         check_above_0("cg_tolerance", self.cg_tolerance)
         check_count("curvature_batch", self.curvature_batch)
         check_count("limit", self.limit)
+        check_below_1("decay", self.decay)
 
     def build(self, params: Sequence[nn.Parameter]) -> NaturalGradientProgram:
         """Make the program for one flat parameter, the own slice; ``dense`` needs all of it.
@@ -199,3 +244,27 @@ class NaturalGradient:
             num_parameters = sum(p.numel() for p in params)
             check_holds("natural:metric=dense", num_parameters, self.limit, "natural")
         return _PROGRAMS[self.metric](params, asdict(self))
+
+    def pushes(self) -> PushForm:
+        """Return the form in which the server keeps a running mean of the metric.
+
+        Raises:
+            ValueError: The metric is ``cg``, of which nothing can be kept; or a key is set that
+                only rounds have.
+        """
+        refuse_set(
+            "natural", self, ("tolerance", "curvature_batch", "cg_iterations", "cg_tolerance")
+        )
+        if self.metric == "cg":
+            raise ValueError(
+                "natural: a server can keep a metric, diagonal or dense, but no products as "
+                "metric=cg asks for: set metric, or use rule pieces"
+            )
+        is_dense = self.metric == "dense"
+        return PushForm(
+            name="natural",
+            spec=self,
+            rule=NaturalPushRule,
+            work="fisher" if is_dense else "fisher_diagonal",
+            whole=is_dense or self.kl is not None,  # gᵀz is a sum over the whole vector
+        )

@@ -17,7 +17,10 @@ products with H only and runs on slices.
 Source: Nocedal & Wright, "Numerical Optimization", 2006, algorithms 3.2, 3.3 and 7.1; Martens,
 "Deep learning via Hessian-free optimization", ICML 2010 (Gauss-Newton products); Dauphin et al.,
 "Identifying and attacking the saddle point problem in high-dimensional non-convex optimization",
-NIPS 2014, arXiv:1406.2572.
+NIPS 2014, arXiv:1406.2572. Pushes: Rodomanov & Kropotov, "A Superlinearly-Convergent Proximal
+Newton-type Method for the Optimization of Finite Sums", ICML 2016; Kovalev, Mishchenko & Richtárik,
+"Stochastic Newton and Cubic Newton Methods with Simple Local Linear-Quadratic Rates",
+arXiv:1912.01597, 2019.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from paramserver.optimizers.line_search import (
     stop_at,
     strong_wolfe,
 )
+from paramserver.optimizers.push_form import PushedRule, PushForm, refuse_set
 from paramserver.rounds import (
     Answer,
     Ask,
@@ -101,15 +105,57 @@ class NewtonProgram(_DenseProgram):
     """Newton's method with the whole Hessian."""
 
     def _direction(self, h: Tensor, g: Tensor) -> Tensor:
-        damping = self.settings["damping"]
-        if self.settings["plain"]:
-            return plain_newton_step(h, g, damping=damping)
-        least = 10 * torch.finfo(self._param.dtype).eps
-        return newton_step(h, g, damping=damping, least=least)
+        return dense_direction(self.settings, h, g, self._param.dtype)
 
 
 class SaddleFreeNewtonProgram(_DenseProgram):
     """Newton's method with the Hessian's eigenvalues made positive."""
+
+    def _direction(self, h: Tensor, g: Tensor) -> Tensor:
+        settings = self.settings
+        return saddle_free_step(h, g, damping=settings["damping"], floor=settings["floor"])
+
+
+class _MemoryRule(PushedRule):
+    """Newton's step from what each worker pushed last: its Hessian Hᵢ and Hᵢ xᵢ - gᵢ.
+
+    Their means over the workers, H̄ and b̄, stand for a quadratic of gradient H̄ x - b̄. If the loss is
+    one, that is exact as soon as each worker has pushed once, however old the pushes are; otherwise
+    the error is of second order in how far the parameters have moved since. ``memory`` holds
+    ``hessian.i``, ``target.i`` and ``samples.i`` of each worker i.
+    """
+
+    def update(self, x: Tensor, rows: Tensor, scale: float) -> None:
+        """Put the worker's latest in the place of its earlier one, and step."""
+        memory, n = self.memory, len(x)
+        memory[f"hessian.{self.worker}"] = rows[:n].clone()
+        memory[f"target.{self.worker}"] = rows[n].clone()
+        memory[f"samples.{self.worker}"] = self.samples
+        workers = [key.partition(".")[2] for key in memory if key.startswith("samples.")]
+        total = sum(memory[f"samples.{i}"] for i in workers)
+        h, b = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+        for i in workers:
+            share = memory[f"samples.{i}"] / total
+            h.add_(memory[f"hessian.{i}"], alpha=share)
+            b.add_(memory[f"target.{i}"], alpha=share)
+        h = (h + h.T) / 2
+        d = self._direction(h, h @ x.double() - b)
+        x.add_(d.to(x.dtype), alpha=scale * self.settings["lr"])
+
+    def _direction(self, h: Tensor, g: Tensor) -> Tensor:
+        """Return d from H̄ and the gradient, float64."""
+        raise NotImplementedError(f"{type(self).__name__} has no direction")
+
+
+class NewtonPushRule(_MemoryRule):
+    """Newton's method with the workers' latest Hessians."""
+
+    def _direction(self, h: Tensor, g: Tensor) -> Tensor:
+        return dense_direction(self.settings, h, g, self._param.dtype)
+
+
+class SaddleFreePushRule(_MemoryRule):
+    """The same, with the eigenvalues of H̄ made positive."""
 
     def _direction(self, h: Tensor, g: Tensor) -> Tensor:
         settings = self.settings
@@ -165,6 +211,14 @@ def _stay(start: Point, found: NotFound, settings: dict[str, Any]) -> Step:
     """Return the end of a round that found no lower point; if the next would too, of the run."""
     repeats = settings["batch"] is None and settings["curvature_batch"] is None
     return Step(start.x, start.loss, f"along Newton's direction, {found}" if repeats else None)
+
+
+def dense_direction(settings: dict[str, Any], h: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return Newton's direction, downhill unless ``plain``; H was computed in ``dtype``."""
+    if settings["plain"]:
+        return plain_newton_step(h, g, damping=settings["damping"])
+    least = 10 * torch.finfo(dtype).eps
+    return newton_step(h, g, damping=settings["damping"], least=least)
 
 
 def newton_step(h: Tensor, g: Tensor, *, damping: float, least: float) -> Tensor:
@@ -235,7 +289,7 @@ class Newton:
     """Newton steps with the whole Hessian, kept downhill; small models."""
 
     lr: float = 1.0
-    """First step tried along Newton's direction; 1 is Newton's own."""
+    """First step tried along Newton's direction, or the step of a push; 1 is Newton's own."""
 
     damping: float = 0.0
     """λ, 0 or more, in units of H; it grows where H + λI is not positive definite."""
@@ -244,7 +298,8 @@ class Newton:
     """Whether to take each step as it is, uphill and onto saddle points too."""
 
     batch: int | None = None
-    """Training samples of a round, for loss and gradient; None takes all."""
+    """Training samples of a round, for loss and gradient, or of a push; None takes all, or the
+    worker's share of all."""
 
     curvature_batch: int | None = None
     """Training samples of a round, for H; None takes all."""
@@ -270,13 +325,22 @@ class Newton:
         check_holds("newton", sum(p.numel() for p in params), self.limit, "newton-cg")
         return NewtonProgram(params, asdict(self))
 
+    def pushes(self) -> PushForm:
+        """Return the form in which the server keeps each worker's latest Hessian.
+
+        Raises:
+            ValueError: A key is set that only rounds have.
+        """
+        refuse_set("newton", self, ("tolerance", "curvature_batch"))
+        return PushForm(name="newton", spec=self, rule=NewtonPushRule, work="hessian", whole=True)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaddleFreeNewton:
     """Newton steps that are repelled by saddle points, with the whole Hessian; small models."""
 
     lr: float = 1.0
-    """First step tried along the direction; 1 is Newton's own."""
+    """First step tried along the direction, or the step of a push; 1 is Newton's own."""
 
     damping: float = 0.0
     """λ, 0 or more, in units of H."""
@@ -286,7 +350,8 @@ class SaddleFreeNewton:
     flat directions are that much longer, at most, than steepest descent's."""
 
     batch: int | None = None
-    """Training samples of a round, for loss and gradient; None takes all."""
+    """Training samples of a round, for loss and gradient, or of a push; None takes all, or the
+    worker's share of all."""
 
     curvature_batch: int | None = None
     """Training samples of a round, for H; None takes all."""
@@ -312,6 +377,17 @@ class SaddleFreeNewton:
         """
         check_holds("saddle-free", sum(p.numel() for p in params), self.limit, "newton-cg")
         return SaddleFreeNewtonProgram(params, asdict(self))
+
+    def pushes(self) -> PushForm:
+        """Return the form in which the server keeps each worker's latest Hessian.
+
+        Raises:
+            ValueError: A key is set that only rounds have.
+        """
+        refuse_set("saddle-free", self, ("tolerance", "curvature_batch"))
+        return PushForm(
+            name="saddle-free", spec=self, rule=SaddleFreePushRule, work="hessian", whole=True
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

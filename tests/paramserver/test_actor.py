@@ -51,7 +51,7 @@ def two_shards() -> Iterator[tuple[ShardServer, ShardServer]]:
             fingerprint="layout",
             optimizer=cast(AnyOptimizer, Spec()),
             rounds=RoundsConfig(
-                cut=range(index * 64, (index + 1) * 64), num_rows=1, num_examples=8, num_workers=1
+                cut=range(index * 64, (index + 1) * 64), num_examples=8, num_workers=1
             ),
         )
         servers.append(ShardServer(config, np.ones(64, dtype=np.float32)))

@@ -159,7 +159,6 @@ def test_a_killed_worker_changes_nothing_about_a_program(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
-        ("lbfgs", {"rule": "asp"}, "^lbfgs is a round program, which runs under rule pieces"),
         ("lbfgs", {"damping": "dynsgd"}, "^lbfgs is a round program: nothing in a round is stale"),
         ("lbfgs", {"clip": "norm:max_norm=1"}, "^lbfgs is a round program: clipping would break"),
         ("bfgs", {"shards": 2}, "^bfgs needs the whole vector in one place: use 1 shard, not 2"),
