@@ -126,6 +126,7 @@ def test_two_ranks_end_where_one_process_does(name: str, tmp_path: Path) -> None
     torch.testing.assert_close(end_point(result), alone(optimizer, rounds), rtol=0, atol=1e-8)
 
 
+@pytest.mark.long
 def test_a_program_goes_on_from_its_record_as_if_it_had_never_stopped(tmp_path: Path) -> None:
     optimizer = OPTIMIZERS.parse("lbfgs")
     first = config(3, tmp_path / "run")

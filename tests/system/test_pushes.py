@@ -163,6 +163,7 @@ def test_a_form_goes_on_from_its_record_and_not_as_rounds(tmp_path: Path) -> Non
         ).fit()
 
 
+@pytest.mark.long
 def test_curvature_that_is_not_finite_is_refused_and_named(tmp_path: Path) -> None:
     def exploding(net: nn.Module, batch: Batch) -> Tensor:
         return squares(net, batch) * float("inf")
