@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import torch
@@ -103,6 +103,14 @@ class Fleet:
         }
         self._evaluator: Any = None
         self._evaluation: Any = None
+        self._num_evaluators = 0
+        extra = start.extra
+        self._last_status: dict[str, Any] = {
+            "updates": start.version,
+            "gradients": int(extra.get("gradients", 0)),
+            "samples": int(extra.get("samples", 0)),
+        }
+        self._has_failed = False
         self._task_ref = ray.put(plan.task)
         cores = len(os.sched_getaffinity(0))
         self._threads = self._config.threads or max(1, cores // self._config.workers)
@@ -114,24 +122,36 @@ class Fleet:
             self._check_resources()
         for shard in range(len(self._cuts)):
             self._start_shard(shard)
-        self._evaluator = EvaluatorActor.options(num_cpus=0).remote(
-            self._task_ref, self._config.seed, 1
-        )
+        self._spawn_evaluator()
         for worker in range(self._config.workers):
             self._spawn(worker)
         timeout_s = self._config.call_timeout_s
         self._get([shard.follow.remote() for shard in self._shards[1:]], "starting the shards")
         lead = self._shards[0].lead.remote(self._sequencer(), self._addresses[1:], timeout_s)
         self._get([lead], "starting the shards")
-        ready = [w.pid.remote() for w in (*self._workers.values(), self._evaluator)]
+        ready = [w.ready.remote() for w in (*self._workers.values(), self._evaluator)]
         self._get(ready, "starting the workers")
-        self._get([self._evaluator.connect.remote(self._servers)], "connecting the evaluator")
+        self._connect_evaluator()
         self._run.started()
         for worker in self._workers:
             self._let_go(worker)
 
     def watch(self) -> None:
-        """Look after the run until it has ended, then write what it left."""
+        """Look after the run until it has ended, then write what it left.
+
+        Raises:
+            RunFailedError: It broke; its record is written, as far as there is anything to write.
+        """
+        try:
+            self._watch()
+        except RunFailedError as error:
+            if self._has_failed:
+                raise
+            self._fail(error)
+        except (ParamServerError, ValueError) as error:
+            self._fail(error)
+
+    def _watch(self) -> None:
         while self._runs:
             done, _ = ray.wait(list(self._runs), timeout=_POLL_S)
             for ref in done:
@@ -285,12 +305,7 @@ class Fleet:
         try:
             finished: Finished = ray.get(ref, timeout=self._config.call_timeout_s)
         except ray.exceptions.RayActorError:
-            if self._run.failed(f"worker {worker}") > self._config.max_failures:
-                self._fail(
-                    ResourceError(
-                        f"{self._run.num_failures} processes were lost; raise max_failures to go on"
-                    )
-                )
+            self._lost(f"worker {worker}")
             if self._status()["ended"] is None:
                 self._spawn(worker)
                 self._let_go(worker)
@@ -318,8 +333,8 @@ class Fleet:
         return None
 
     def _status(self) -> dict[str, Any]:
-        status: dict[str, Any] = self._get([self._shards[0].status.remote()], "asking shard 0")[0]
-        return status
+        (self._last_status,) = self._get([self._shards[0].status.remote()], "asking shard 0")
+        return self._last_status
 
     def _evaluate_when_due(self) -> str | None:
         """Start an evaluation when one is due, take its result when it is there.
@@ -331,11 +346,53 @@ class Fleet:
         if self._evaluation is None:
             return None
         done, _ = ray.wait([self._evaluation], timeout=0)
-        if not done:
+        evaluated = self._evaluated() if done else None
+        return evaluated and self._run.evaluated(*evaluated, self._status())
+
+    def _evaluated(self) -> tuple[int, dict[str, float]] | None:
+        """Take the version and metrics that were asked for; None if the evaluator is lost.
+
+        Another one is in its place then.
+        """
+        ref, self._evaluation = self._evaluation, None
+        try:
+            found: tuple[int, dict[str, float]] = ray.get(ref, timeout=self._config.call_timeout_s)
+        except ray.exceptions.RayActorError:
+            self._lost("the evaluator")
+            self._spawn_evaluator()
+            self._connect_evaluator()
             return None
-        version, metrics = self._get([self._evaluation], "evaluating")[0]
-        self._evaluation = None
-        return self._run.evaluated(version, metrics, self._status())
+        except ray.exceptions.GetTimeoutError as error:
+            raise ServerTimeoutError(0, "evaluating", self._config.call_timeout_s) from error
+        except ray.exceptions.RayTaskError as error:
+            raise self._cause(error) from None
+        return found
+
+    def _evaluate_last(self) -> None:
+        if self._evaluation is not None:
+            self._evaluated()  # of an earlier version
+        evaluated = None
+        while evaluated is None:
+            self._evaluation = self._evaluator.evaluate.remote()
+            evaluated = self._evaluated()
+        self._run.evaluated(*evaluated, self._status())
+
+    def _spawn_evaluator(self) -> None:
+        self._evaluator = EvaluatorActor.options(num_cpus=0).remote(
+            self._task_ref, self._config.seed, 1
+        )
+
+    def _connect_evaluator(self) -> None:
+        self._num_evaluators += 1
+        connected = self._evaluator.connect.remote(self._servers, self._num_evaluators)
+        self._get([connected], "connecting the evaluator")
+
+    def _lost(self, what: str) -> None:
+        """Count the loss of a process; ResourceError if there were too many."""
+        if self._run.failed(what) > self._config.max_failures:
+            raise ResourceError(
+                f"{self._run.num_failures} processes were lost; raise max_failures to go on"
+            )
 
     def _checkpoint(self) -> None:
         saved, progress, ledger = self._get([self._shards[0].save.remote()], "saving")[0]
@@ -379,22 +436,39 @@ class Fleet:
 
     def _finish(self, reason: str) -> None:
         """Evaluate and save the last version and write the record."""
-        if self._evaluation is not None:
-            self._get([self._evaluation], "evaluating")
-        version, metrics = self._get([self._evaluator.evaluate.remote()], "evaluating")[0]
-        status = self._status()
-        self._run.evaluated(version, metrics, status)
-        self._checkpoint()
-        summary = self._get([self._shards[0].summary.remote()], "reading the ledger")[0]
-        self._run.finish(reason, status, summary)
+        try:
+            self._evaluate_last()
+        finally:
+            self._checkpoint()
+        self._run.finish(reason, self._status(), self._summary())
 
-    def _fail(self, error: BaseException) -> None:
-        """Write the record of a run that broke, and raise why."""
-        with contextlib.suppress(ParamServerError, ray.exceptions.RayError):
-            self._stop(str(error))
-            self._drain()
-            self._finish(f"error: {error}")
-        raise RunFailedError(str(error), str(self._run.folder.path)) from error
+    def _summary(self) -> dict[str, Any]:
+        summary: dict[str, Any]
+        (summary,) = self._get([self._shards[0].summary.remote()], "reading the ledger")
+        return summary
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Write the record of a run that broke, as far as it can be had, and raise why."""
+        self._has_failed = True
+        reason = error.reason if isinstance(error, RunFailedError) else str(error)
+        summary: dict[str, Any] = {}
+
+        def summarise() -> None:
+            summary.update(self._summary())
+
+        for last_duty in (
+            lambda: self._stop(reason),
+            self._drain,
+            self._evaluate_last,
+            self._checkpoint,
+            summarise,
+        ):
+            try:
+                last_duty()
+            except (ParamServerError, ValueError, ray.exceptions.RayError) as another:
+                logger.warning("after %s: %s", type(error).__name__, another)
+        self._run.finish(f"error: {reason}", self._last_status, summary)
+        raise RunFailedError(reason, str(self._run.folder.path)) from error
 
     def _get(self, refs: Sequence[Any], doing: str) -> list[Any]:
         """Get actors' answers within the deadline; errors say what was being done."""

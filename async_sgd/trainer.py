@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from async_sgd.damping import DAMPINGS
 from async_sgd.fleet import Fleet, Plan
 from async_sgd.rules import RULES
 from async_sgd.rules.asynchronous import Asynchronous
@@ -32,6 +33,7 @@ from paramserver.record import Result
 from paramserver.rounds import RoundOptimizer, build_program, check_size
 from paramserver.rules import Damping, RuleSpec
 from workers.config import RunConfig
+from workers.programs import check_config, check_samples
 from workers.run import Run
 from workers.session import ray_session
 from workers.task import Task, build_data, build_model
@@ -78,7 +80,7 @@ class AsyncTrainer:
         self.progress = progress
         self._check_program()
         clip = self.config.clip
-        gathers = shards > 1 and self.rule.build(self.config.workers).gathers
+        gathers = self.rule.build(self.config.workers).gathers and shards > 1
         if gathers and clip is not None and clip.where == "reduced" and clip.norm_needed:
             raise ValueError(
                 "clipping an averaged gradient by its norm needs the norm over all shards, which "
@@ -116,13 +118,11 @@ class AsyncTrainer:
             return
         if self.damping is not None and self.program is not None:
             raise ValueError(f"{name} is a round program: nothing in a round is stale, or damped")
-        if self.config.clip is not None:
+        check_config(name, self.config)
+        if self.form is not None and self.form.work == "block" and self.config.schedule is not None:
             raise ValueError(
-                f"{name} is a round program: clipping would break its line searches and products"
-            )
-        if self.config.gradient != "reverse":
-            raise ValueError(
-                f"{name} is a round program, which needs exact gradients: use gradient=reverse"
+                f"{name} moves to where a worker found the least: a schedule changes nothing about "
+                "that; damping does"
             )
         if needs.whole and self.shards > 1:
             raise ValueError(
@@ -151,6 +151,8 @@ class AsyncTrainer:
             raise ValueError(
                 f"{self.config.workers} workers cannot share {num_train} samples: use fewer"
             )
+        if self.program is not None or self.form is not None:
+            check_samples(OPTIMIZERS.name_of(self.optimizer), self.optimizer, num_train)
         if self.form is not None and (self.form.spec.batch or 1) * self.config.workers > num_train:
             raise ValueError(
                 f"{self.config.workers} workers cannot each push {self.form.spec.batch} of "
@@ -200,10 +202,11 @@ class AsyncTrainer:
 
     def _described(self) -> dict[str, object]:
         """Return what the record says of this trainer, beside the run's configuration."""
-        damping = None if self.damping is None else type(self.damping).__name__
+        damping = None if self.damping is None else DAMPINGS.describe(self.damping)
         return {
             "mode": "async",
-            "optimizer": self.optimizer_description(),
+            "optimizer": OPTIMIZERS.describe(self.optimizer),
+            "form": None if self.form is None else "pushes",
             "rule": RULES.describe(self.rule),
             "damping": damping,
             "shards": self.shards,

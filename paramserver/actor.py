@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -97,22 +98,26 @@ class ShardServer:
     """One shard behind its transport. Leads if it is shard 0."""
 
     def __init__(self, config: ShardConfig, params: NDArray[Any]) -> None:
-        """Listen; `serve` starts to answer."""
+        """Keep what `follow` and `lead` need: Ray hides what a constructor raises."""
         torch.set_num_threads(config.threads)
         self._config = config
-        vector = torch.from_numpy(np.array(params))  # Ray's arrays are read-only views
-        self._host = Host(
-            config.address,
-            vector.numel(),
-            config.capacity,
-            vector.dtype,
-            slot_rows=config.slot_rows,
-        )
-        self._shard = self._make_shard(vector)
-        if config.rule_state is not None:
-            self._shard.restore(config.rule_state, config.schedule_state)
+        self._params = torch.from_numpy(np.array(params))  # Ray's arrays are read-only views
         self._leader: Leader | None = None
         self._seen_rows = 0
+
+    @cached_property
+    def _host(self) -> Host:
+        c, params = self._config, self._params
+        return Host(c.address, params.numel(), c.capacity, params.dtype, slot_rows=c.slot_rows)
+
+    @cached_property
+    def _shard(self) -> Shard | RoundShard:
+        c = self._config
+        shard = self._make_shard(self._params)
+        if c.rule_state is not None:
+            shard.restore(c.rule_state, c.schedule_state)
+        del self._params
+        return shard
 
     def _make_shard(self, params: Tensor) -> Shard | RoundShard:
         c = self._config
@@ -140,7 +145,11 @@ class ShardServer:
         )
 
     def follow(self) -> None:
-        """Serve as a follower."""
+        """Listen, and serve as a follower.
+
+        Raises:
+            ResourceError: Too little memory, or the address is taken.
+        """
         c = self._config
         kind = Follower if c.rounds is None else RoundFollower
         server = kind(
@@ -153,7 +162,11 @@ class ShardServer:
         self._host.serve(server)
 
     def lead(self, sequencer: Sequencer, followers: Sequence[str], timeout_s: float) -> None:
-        """Serve as the leader of the shards at ``followers``, with a fresh ``sequencer``."""
+        """Listen, and serve as the leader of the shards at ``followers``, with a new ``sequencer``.
+
+        Raises:
+            ResourceError: Too little memory, or the address is taken.
+        """
         c = self._config
         hello = Message(Kind.LEAD, text=f"{c.token} {c.fingerprint}")
         links = [self._host.lead(address, hello, timeout_s) for address in followers]
@@ -270,7 +283,8 @@ class ShardServer:
 
     def close(self) -> None:
         """Stop serving and give the memory back."""
-        self._host.close()
+        if "_host" in self.__dict__:  # it may never have been made
+            self._host.close()
 
     def _leading(self) -> Leader:
         assert self._leader is not None, "only shard 0 leads"

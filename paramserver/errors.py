@@ -81,7 +81,7 @@ class NonFiniteGradientError(ParamServerError):
 
 
 class CurvatureError(ParamServerError):
-    """A round program met NaN or infinity where it cannot go on. The round was not applied."""
+    """Curvature is not finite, or not positive where it must be. Nothing was applied."""
 
     def __init__(self, what: str, value: float) -> None:
         super().__init__(what, value)

@@ -322,6 +322,7 @@ class Shard(Held):
         self._weight = self._full_weight = self._loss = 0.0
 
     def _apply(self, grad: Tensor, loss: float, norm: float, scale: float, version: int) -> None:
+        self.version = version  # it is the leader's order, whatever the rule makes of it
         self.rule.told(loss, norm)
         if self._clip is not None:
             self._clip.apply_(grad, norm)
@@ -332,4 +333,3 @@ class Shard(Held):
             self.scheduler.step()
         if self.averager is not None:
             self.averager.update(self._param.data)
-        self.version = version

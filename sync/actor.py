@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from sync.desk import Desk, Part, Position
 from sync.rounds import RoundTrainee
 from sync.worker import Finished, Plan, Trainee
 from workers.actor import keep_freed_memory
+from workers.examples import Examples
 from workers.gradients import BoundModel
 from workers.oracles import Oracle
 from workers.task import Task, build_data, build_model, evaluate, recalibrate_batchnorm
@@ -54,18 +56,22 @@ class Rank:
     """One process of the group. `train` runs on one thread; the driver asks the rest meanwhile."""
 
     def __init__(self, task: Task, seed: int, threads: int) -> None:
-        """Load the data."""
+        """Keep what `node` needs: Ray hides what a constructor raises."""
         keep_freed_memory()
         torch.set_num_threads(threads)
         self._task, self._seed = task, seed
-        self._examples = build_data(task).train
         self._host: shared.Host | gloo.Host | None = None
         self._collective: Collective | None = None
         self._desk = Desk()
         self._told = self._desk.status
 
+    @cached_property
+    def _examples(self) -> Examples:
+        return build_data(self._task).train
+
     def node(self) -> str:
-        """Return the id of the node this process is on; it is ready then."""
+        """Load the data; return the id of the node this process is on."""
+        _ = self._examples
         return str(ray.get_runtime_context().get_node_id())
 
     def prepare(self, rank: int, group: Group) -> str:
@@ -175,22 +181,24 @@ class Evaluator:
     """Evaluates parameters while the ranks go on."""
 
     def __init__(self, task: Task, seed: int, threads: int) -> None:
-        """Build the model and load the data."""
+        """Keep what `ready` needs."""
         torch.set_num_threads(threads)
         self._task, self._seed = task, seed
-        self._model = build_model(task, seed)
-        self._data = build_data(task)
-        layout = Layout.of(self._model)
-        self._dtype = layout.dtype
-        self._bound = BoundModel(self._model, layout, [range(layout.numel)])
 
     def ready(self) -> None:
-        """Return once the process can evaluate."""
+        """Build the model and load the data, the first time."""
+        if not hasattr(self, "_model"):
+            model, self._data = build_model(self._task, self._seed), build_data(self._task)
+            layout = Layout.of(model)
+            self._dtype = layout.dtype
+            self._bound = BoundModel(model, layout, [range(layout.numel)])
+            self._model = model
 
     def evaluate(self, snapshot: tuple[int, Any] | None) -> tuple[int, dict[str, float]] | None:
         """Return the version of what `Rank.snapshot` gave, and its metrics on the test data."""
         if snapshot is None:
             return None
+        self.ready()
         version, params = snapshot
         self._bound.read([unpack(params, self._dtype)])
         recalibrate_batchnorm(self._task, self._model, self._data.train, seed=self._seed)

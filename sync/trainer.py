@@ -45,6 +45,7 @@ from sync.step import Reduce
 from sync.worker import Plan
 from workers.batches import Batches
 from workers.config import RunConfig
+from workers.programs import check_config, check_samples
 from workers.run import Run
 from workers.session import ray_session
 from workers.task import Task, build_data, build_model
@@ -102,14 +103,7 @@ class SyncTrainer:
         if self.program is None:
             return
         name = OPTIMIZERS.name_of(self.optimizer)
-        if self.config.clip is not None:
-            raise ValueError(
-                f"{name} is a round program: clipping would break its line searches and products"
-            )
-        if self.config.gradient != "reverse":
-            raise ValueError(
-                f"{name} is a round program, which needs exact gradients: use gradient=reverse"
-            )
+        check_config(name, self.config)
         if self.reduce != "mean":
             raise ValueError(
                 f"{name} is a round program, which compares means over samples: use reduce='mean'"
@@ -124,12 +118,15 @@ class SyncTrainer:
             RunFailedError: The run broke; its record is complete up to then.
             ParamServerError: It could not start.
             LayoutError: The model has more parameters than a round program can hold.
-            ValueError: There are more workers than training samples.
+            ValueError: There are fewer training samples than workers, or than are to be drawn.
         """
         layout = Layout.of(model := build_model(self.task, self.config.seed))
         if self.program is not None:
             check_size(cast(RoundOptimizer, self.optimizer), self.program, layout.flatten(model))
-        plan = self._plan(layout, len(build_data(self.task).train))
+        num_train = len(build_data(self.task).train)
+        if self.program is not None:
+            check_samples(OPTIMIZERS.name_of(self.optimizer), self.optimizer, num_train)
+        plan = self._plan(layout, num_train)
         run = Run.start(self.task, self.config, layout, self._described())
         optimizer = OPTIMIZERS.describe(self.optimizer)
         start = run.resumed or Checkpoint.fresh(layout, layout.flatten(model), optimizer)

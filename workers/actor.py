@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 import ray
 import torch
+from torch import nn
 
 from paramserver.client import Client
 from paramserver.clipping import Clip
@@ -18,12 +20,13 @@ from paramserver.optimizers.push_form import PushForm
 from paramserver.transports.shared_memory import SharedMemoryConnection
 from workers.batches import Batches
 from workers.estimate import GradientMode
+from workers.examples import Examples
 from workers.gradients import BoundModel
 from workers.loop import Finished, train
 from workers.oracles import Oracle
 from workers.pieces import answer
 from workers.pushes import Maker, push
-from workers.task import Task, build_data, build_model, evaluate, recalibrate_batchnorm
+from workers.task import Data, Task, build_data, build_model, evaluate, recalibrate_batchnorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +83,22 @@ class Worker:
     """One worker process of an asynchronous run."""
 
     def __init__(self, task: Task, seed: int, threads: int) -> None:
-        """Build the model and load the data."""
+        """Keep what `ready` needs: Ray hides what a constructor raises."""
         keep_freed_memory()
         torch.set_num_threads(threads)
         self._task, self._seed = task, seed
-        self._model = build_model(task, seed)
-        self._examples = build_data(task).train
 
-    def pid(self) -> int:
-        """Return the process's id, once it is ready."""
+    @cached_property
+    def _model(self) -> nn.Module:
+        return build_model(self._task, self._seed)
+
+    @cached_property
+    def _examples(self) -> Examples:
+        return build_data(self._task).train
+
+    def ready(self) -> int:
+        """Build the model and load the data; return the process's id."""
+        _ = self._model, self._examples
         return os.getpid()
 
     def run(
@@ -143,21 +153,28 @@ class Evaluator:
     """Evaluates consistent snapshots while the workers go on."""
 
     def __init__(self, task: Task, seed: int, threads: int) -> None:
-        """Build the model and load the data."""
+        """Keep what `ready` needs."""
         torch.set_num_threads(threads)
         self._task, self._seed = task, seed
-        self._model = build_model(task, seed)
-        self._data = build_data(task)
         self._client: Client | None = None
 
-    def pid(self) -> int:
-        """Return the process's id, once it is ready."""
+    @cached_property
+    def _model(self) -> nn.Module:
+        return build_model(self._task, self._seed)
+
+    @cached_property
+    def _data(self) -> Data:
+        return build_data(self._task)
+
+    def ready(self) -> int:
+        """Build the model and load the data; return the process's id."""
+        _ = self._model, self._data
         return os.getpid()
 
-    def connect(self, servers: Servers) -> None:
-        """Become a reader of the run's parameters."""
+    def connect(self, servers: Servers, incarnation: int) -> None:
+        """Become a reader of the run's parameters, in the place of earlier ones."""
         self._bound = BoundModel(self._model, servers.layout, servers.cuts)
-        self._client = servers.connect(-1, 0)
+        self._client = servers.connect(-1, incarnation)
 
     def evaluate(self) -> tuple[int, dict[str, float]]:
         """Return the version that is current now, and its metrics on the test data."""

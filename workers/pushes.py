@@ -1,8 +1,8 @@
 """What a worker does for a round program's push form: read, compute rows, push; to the end.
 
 A push is of samples of the worker's own: its share of all, the same at every clock, or so many
-drawn anew for each clock, of which no other worker has any. Its rows are computed on them alone. A
-block is computed on all samples where nothing else is said: a share has another optimum.
+drawn anew for each clock, of which no other worker has any then. Its rows are computed on them
+alone. A block is computed on all samples where nothing else is said: a share has another optimum.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from paramserver.client import Client, Ended
 from paramserver.layout import Layout
-from paramserver.optimizers.coordinate import BlockOrder, is_optimal, minimise_block
+from paramserver.optimizers.coordinate import BlockOrder, is_optimal, minimise_block, pushed_turn
 from paramserver.optimizers.push_form import PushForm
 from paramserver.rounds import Kind, Sample
 from workers.loop import Finished
@@ -95,7 +96,8 @@ class Maker:
             samples, value, part = self._oracle.answer(kind, x, piece, vector)
             total, loss = total + samples, loss + samples * value
             rows = part * samples if rows is None else rows.add_(part, alpha=samples)
-        assert rows is not None, "every worker has samples"
+        assert rows is not None
+        assert total > 0, "every worker has samples"
         return total, loss / total, rows.div_(total)
 
     def _push(self, samples: int, loss: float, g: Tensor, rows: Tensor) -> Push:
@@ -113,11 +115,10 @@ class Maker:
         return self._push(samples, loss, g, torch.stack([g, s, y]))
 
     def _hessian(self, x: Tensor, clock: int) -> Push:
-        """H, and H x - g."""
+        """H, g and x."""
         samples, loss, (g,) = self._answer("gradient", x, clock)
         _, _, h = self._answer("hessian", x, clock)
-        target = h.double() @ x.double() - g.double()
-        return self._push(samples, loss, g, torch.cat([h, target.to(h.dtype)[None]]))
+        return self._push(samples, loss, g, torch.cat([h, g[None], x[None]]))
 
     def _metric(self, x: Tensor, clock: int) -> Push:
         """g, and the Fisher matrix or its diagonal."""
@@ -128,9 +129,9 @@ class Maker:
 
     def _block(self, x: Tensor, clock: int) -> Push:
         """Where the coordinates of the block whose turn it is should go, and where they are."""
-        spec = self._form.spec
-        order = BlockOrder(len(x), spec.block, spec.order, spec.seed)
-        block = order.at(clock * self._num_workers + self._worker)
+        spec, order = self._form.spec, self._order
+        turn = pushed_turn(clock, self._worker, self._num_workers, order.num_blocks)
+        block = order.at(turn)
         coords = torch.arange(block.start, block.stop)
         samples, loss, (g,) = self._answer("gradient", x, clock)
         part, v = g[coords].double(), x[coords].double()
@@ -139,10 +140,18 @@ class Maker:
             # Padding is 0 and has no gradient; like anything that rests so, it is left out.
             at = torch.nonzero((part != 0) | (v != 0))[:, 0]
             h = torch.stack([self._column(x, clock, int(c), coords[at]) for c in coords[at]])
-            eps = torch.finfo(x.dtype).eps
-            z[at] += minimise_block((h + h.T) / 2, part[at], v[at], l1=spec.l1, lr=spec.lr, eps=eps)
+            if bool(torch.isfinite(h).all() and torch.isfinite(part).all()):
+                h, eps = (h + h.T) / 2, torch.finfo(x.dtype).eps
+                z[at] += minimise_block(h, part[at], v[at], l1=spec.l1, lr=spec.lr, eps=eps)
+            else:
+                z[at] = math.nan  # the push is refused, and named
         norm = float(torch.linalg.vector_norm(g))
         return Push(loss, norm, samples, torch.stack([z, v]).to(x.dtype), block)
+
+    @cached_property
+    def _order(self) -> BlockOrder:
+        spec = self._form.spec
+        return BlockOrder(self._layout.numel, spec.block, spec.order, spec.seed)
 
     def _column(self, x: Tensor, clock: int, coord: int, coords: Tensor) -> Tensor:
         """Return the Hessian between ``coord`` and ``coords``, float64."""

@@ -7,10 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from paramserver.averaging import AVERAGES
 from paramserver.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from paramserver.clipping import CLIPS
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
 from paramserver.record import Result, RunFolder, versions
+from paramserver.registry import Registry
+from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig, Target
 from workers.task import Task, is_minimised
 
@@ -18,6 +22,20 @@ logger = logging.getLogger(__name__)
 
 _TRAIN_LINE_S = 1.0
 """Seconds between two lines of training figures in metrics.jsonl."""
+
+
+_PLUGINS: Mapping[str, Registry[Any]] = {
+    "average": AVERAGES,
+    "clip": CLIPS,
+    "schedule": SCHEDULES,
+}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a field's value as a record holds it."""
+    if value is not None and name in _PLUGINS:
+        return _PLUGINS[name].describe(value)
+    return value if isinstance(value, int | float | str | None) else str(value)
 
 
 class Run:
@@ -69,9 +87,7 @@ class Run:
     def configuration(self) -> dict[str, Any]:
         """Return everything the run was asked for."""
         config = {name: getattr(self._config, name) for name in self._config.__dataclass_fields__}
-        plain = {
-            k: v if isinstance(v, int | float | str | None) else str(v) for k, v in config.items()
-        }
+        plain = {name: _plain(name, value) for name, value in config.items()}
         return {"task": self._task.name, **plain, **self._described}
 
     def started(self) -> None:

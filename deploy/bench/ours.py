@@ -56,7 +56,7 @@ def async_rate(task: Task, num_workers: int, *, warm_s: float, measure_s: float)
             processes.adopt(WorkerActor.options(num_cpus=0).remote(task, SEED, 1))
             for _ in range(num_workers)
         ]
-        ask([w.pid.remote() for w in workers])
+        ask([w.ready.remote() for w in workers])
         runs = [
             worker.run.remote(servers, number, 1, num_workers, task.batch_size, None)
             for number, worker in enumerate(workers)

@@ -102,7 +102,12 @@ for _name, _factory, _source, _facts in (
         "Nocedal, 1980; vector-free: Chen, Wang & Zhou, NIPS 2014",
         {**_ROUNDS, **_BOTH, "memory": "2 history n"},
     ),
-    ("newton", Newton, "Nocedal & Wright, ch. 3.4", {**_WHOLE, **_BOTH, "memory": "n x n"}),
+    (
+        "newton",
+        Newton,
+        "Nocedal & Wright, ch. 3.4; pushes: Rodomanov & Kropotov, ICML 2016",
+        {**_WHOLE, **_BOTH, "memory": "n x n; in pushes for each worker"},
+    ),
     (
         "newton-cg",
         NewtonCG,
@@ -113,7 +118,7 @@ for _name, _factory, _source, _facts in (
         "saddle-free",
         SaddleFreeNewton,
         "Dauphin et al., NIPS 2014, arXiv:1406.2572",
-        {**_WHOLE, **_BOTH, "memory": "n x n"},
+        {**_WHOLE, **_BOTH, "memory": "n x n; in pushes for each worker"},
     ),
     (
         "ksd",

@@ -8,8 +8,8 @@ With block B of coordinates, gradient g and Hessian H at the point as it is when
 
 On a quadratic, blocks of one in turn are the Gauss-Seidel iteration; with ``l1`` on least squares
 they are the usual solver of the Lasso. Where H_BB has no positive curvature in a direction, the
-step there is a gradient step of length ``lr``. A step that raises the objective on its sample is
-halved until it does not.
+step there is a gradient step of length ``lr``. In rounds, a step that raises the objective on its
+sample is halved until it does not; a push takes it as it is.
 
 What it costs: reverse mode returns the whole gradient for the price of one coordinate, and a row of
 the Hessian costs two to four gradients. A block that moves takes one gradient and a row for each of
@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -205,13 +206,21 @@ def is_optimal(g: Tensor, x: Tensor, l1: float) -> bool:
     return bool(torch.where(x == 0, g.abs() <= l1, g + l1 * torch.sign(x) == 0).all())
 
 
+def pushed_turn(clock: int, worker: int, num_workers: int, num_blocks: int) -> int:
+    """Return the number of the turn that ``worker`` has at ``clock``, from 0.
+
+    Every worker goes round all blocks, each from another one on: a worker that is slow, or whose
+    pushes are dropped, keeps no block from being moved.
+    """
+    return clock + worker * num_blocks // num_workers
+
+
 class CoordinatePushRule(PushedRule):
     """Moves the coordinates of one block by what a worker found for them; touches nothing else.
 
-    Blocks go round among the workers: push ``clock`` of a worker has turn
-    ``(clock - 1) * num_workers + worker``. With rows z and v, where the coordinates should go and
-    where they were read, x_B ← x_B + z - v, and z itself if nobody has moved x_B meanwhile: zeros
-    of an l1 penalty stay zeros.
+    Whose turn it is, `pushed_turn` says. With rows z and v, where the coordinates should go and
+    where they were read, x_B ← x_B + z - v, and z itself if nobody has moved x_B meanwhile and the
+    step is not damped: the zeros of an l1 penalty are zeros then.
 
     On a quadratic, blocks that are all computed at one old point are the Jacobi iteration, which
     need not converge where the Gauss-Seidel iteration does; damping the steps helps.
@@ -230,10 +239,15 @@ class CoordinatePushRule(PushedRule):
         if scale == 1:
             x[at] = torch.where(old == v, z, x[at])
 
+    @cached_property
+    def _order(self) -> BlockOrder:
+        s = self.settings
+        return BlockOrder(self.place.numel, s["block"], s["order"], s["seed"])
+
     def _own(self) -> range:
-        s, (cut, numel, num_workers) = self.settings, self.place
-        order = BlockOrder(numel, s["block"], s["order"], s["seed"])
-        block = order.at((self.clock - 1) * num_workers + self.worker)
+        cut, order = self.place.cut, self._order
+        turn = pushed_turn(self.clock - 1, self.worker, self.place.num_workers, order.num_blocks)
+        block = order.at(turn)
         start = max(block.start, cut.start)
         return range(start, max(start, min(block.stop, cut.stop)))
 

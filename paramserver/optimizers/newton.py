@@ -117,33 +117,36 @@ class SaddleFreeNewtonProgram(_DenseProgram):
 
 
 class _MemoryRule(PushedRule):
-    """Newton's step from what each worker pushed last: its Hessian Hᵢ and Hᵢ xᵢ - gᵢ.
+    """Newton's step from what each worker pushed last: Hessian Hᵢ and gradient gᵢ at its point xᵢ.
 
-    Their means over the workers, H̄ and b̄, stand for a quadratic of gradient H̄ x - b̄. If the loss is
-    one, that is exact as soon as each worker has pushed once, however old the pushes are; otherwise
-    the error is of second order in how far the parameters have moved since. ``memory`` holds
-    ``hessian.i``, ``target.i`` and ``samples.i`` of each worker i.
+    The gradient at x is taken to be the mean of gᵢ + Hᵢ (x - xᵢ) over the workers. On a quadratic
+    that is exact as soon as each worker has pushed once, however old the pushes are; otherwise the
+    error is of second order in how far the parameters have moved since. ``memory`` holds
+    ``hessian.i``, ``gradient.i``, ``point.i`` and ``samples.i`` of each worker i.
     """
 
     def update(self, x: Tensor, rows: Tensor, scale: float) -> None:
         """Put the worker's latest in the place of its earlier one, and step."""
-        memory, n = self.memory, len(x)
-        memory[f"hessian.{self.worker}"] = rows[:n].clone()
-        memory[f"target.{self.worker}"] = rows[n].clone()
-        memory[f"samples.{self.worker}"] = self.samples
-        workers = [key.partition(".")[2] for key in memory if key.startswith("samples.")]
-        total = sum(memory[f"samples.{i}"] for i in workers)
-        h, b = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+        n = len(x)
+        names = ("hessian", "gradient", "point", "samples")
+        pushed = (rows[:n].clone(), rows[n].clone(), rows[n + 1].clone(), self.samples)
+        new = {f"{name}.{self.worker}": v for name, v in zip(names, pushed, strict=True)}
+        latest = self.memory | new
+        # A checkpoint may be of more workers than take part: what those pushed stays out.
+        workers = [i for i in range(self.place.num_workers) if f"samples.{i}" in latest]
+        total = sum(latest[f"samples.{i}"] for i in workers)
+        h, g = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
         for i in workers:
-            share = memory[f"samples.{i}"] / total
-            h.add_(memory[f"hessian.{i}"], alpha=share)
-            b.add_(memory[f"target.{i}"], alpha=share)
-        h = (h + h.T) / 2
-        d = self._direction(h, h @ x.double() - b)
+            share, own = latest[f"samples.{i}"] / total, latest[f"hessian.{i}"].double()
+            h.add_(own, alpha=share)
+            g.add_(latest[f"gradient.{i}"], alpha=share)
+            g.add_(own @ (x.double() - latest[f"point.{i}"].double()), alpha=share)
+        d = self._direction((h + h.T) / 2, g)
+        self.memory.update(new)
         x.add_(d.to(x.dtype), alpha=scale * self.settings["lr"])
 
     def _direction(self, h: Tensor, g: Tensor) -> Tensor:
-        """Return d from H̄ and the gradient, float64."""
+        """Return d from the mean of the Hessians and the gradient, float64."""
         raise NotImplementedError(f"{type(self).__name__} has no direction")
 
 
@@ -155,7 +158,7 @@ class NewtonPushRule(_MemoryRule):
 
 
 class SaddleFreePushRule(_MemoryRule):
-    """The same, with the eigenvalues of H̄ made positive."""
+    """The same, with the eigenvalues of the mean made positive."""
 
     def _direction(self, h: Tensor, g: Tensor) -> Tensor:
         settings = self.settings

@@ -5,7 +5,7 @@ of its own, at the parameters it has read, and pushes several rows of numbers in
 
     block            where the coordinates of its block go, and where they were read
     pair             g, and s and y between the last two points it read, on one sample
-    hessian          H, and H x - g
+    hessian          H, g and x
     fisher_diagonal  g, and the diagonal of the Fisher matrix
     fisher           g, and the Fisher matrix
 
@@ -17,13 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from paramserver.optimizers.base import PushRule
-from paramserver.rounds import RoundProgram
 
 Work = Literal["block", "pair", "hessian", "fisher_diagonal", "fisher"]
 """What a worker computes for one push."""
@@ -112,7 +111,8 @@ class PairRule(PushedRule):
     def update(self, x: Tensor, rows: Tensor, scale: float) -> None:
         """Learn from the pair, if it has curvature, and step along the new direction."""
         g, s, y = rows
-        sy, ss, yy = (float(torch.dot(a, b)) for a, b in ((s, y), (s, s), (y, y)))
+        wide = rows[1:].double()  # the curvature test is far below float32's rounding
+        (ss, sy), (_, yy) = (wide @ wide.T).tolist()
         if sy > self.settings["min_curvature"] * math.sqrt(ss * yy):
             self.learn(s, y, sy, yy)
         x.add_(self.direction(g), alpha=scale * self.settings["lr"])
@@ -131,21 +131,6 @@ def first_direction(g: Tensor) -> Tensor:
     return -g / max(1.0, float(torch.linalg.vector_norm(g)))
 
 
-class Spec(Protocol):
-    """A round program's configuration, as far as its push form needs it."""
-
-    @property
-    def lr(self) -> float:
-        """Learning rate."""
-
-    @property
-    def batch(self) -> int | None:
-        """Training samples of a push; None takes the worker's share of all."""
-
-    def build(self, params: Sequence[nn.Parameter]) -> RoundProgram:
-        """Refuse parameters that it cannot hold."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushForm:
     """A round program's push form: what workers compute, and the rule that takes it."""
@@ -153,7 +138,7 @@ class PushForm:
     name: str
     """The optimizer's."""
     spec: Any
-    """Its configuration, a `Spec`."""
+    """Its configuration: ``lr``, ``batch`` and ``build``, and the keys that ``work`` needs."""
     rule: type[PushedRule]
     work: Work
     whole: bool = False
@@ -169,7 +154,13 @@ class PushForm:
 
     def num_rows(self, numel: int) -> int:
         """Return the rows of a push for a vector of ``numel``."""
-        return {"block": 2, "pair": 3, "fisher_diagonal": 2}.get(self.work, numel + 1)
+        return {
+            "block": 2,
+            "pair": 3,
+            "hessian": numel + 2,
+            "fisher_diagonal": 2,
+            "fisher": numel + 1,
+        }[self.work]
 
     def build(self, params: Sequence[nn.Parameter]) -> PushedRule:
         """Make the rule for one flat parameter, the own slice.

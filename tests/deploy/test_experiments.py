@@ -42,6 +42,21 @@ def test_a_comparison_leaves_a_table_and_a_plot_and_goes_on_where_it_was(
     assert "newton-cg" in capsys.readouterr().out
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_every_optimizer_learns_digits_in_every_form(tmp_path: Path) -> None:
+    out = tmp_path / "all"
+
+    code = main(["experiment", "optimizers", "--task", "digits:hidden=8", "--out", str(out)])
+
+    assert code == 0
+    with (out / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(experiments.OPTIMIZERS_COMPARED) - 7  # forms that are pushed alone
+    poor = {row["optimizer"]: row["metric"] for row in rows if float(row["metric"]) < 0.5}
+    assert not poor
+
+
 def test_what_does_not_exist_is_said_with_what_does(capsys: pytest.CaptureFixture[str]) -> None:
     codes = [main(["experiment", "optimisers"]), main(["experiment", "optimizers", "--only", "x"])]
 

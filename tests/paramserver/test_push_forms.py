@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.errors import CurvatureError, LayoutError
+from paramserver.messages import Action, Kind, Message
 from paramserver.optimizers import (
     BFGS,
     LBFGS,
@@ -21,7 +22,9 @@ from paramserver.optimizers import (
     Newton,
     SaddleFreeNewton,
 )
+from paramserver.optimizers.coordinate import pushed_turn
 from paramserver.optimizers.push_form import Place, PushedRule, PushForm
+from paramserver.shard import Shard
 
 DOUBLE = torch.float64
 
@@ -52,7 +55,8 @@ def test_newton_is_exact_on_quadratics_once_every_worker_has_pushed_however_old_
     hc = sum(w * a @ c for w, a, c in zip(weights, hs, cs, strict=True))
     best = torch.linalg.solve(h, hc)
     x = vector(n, 99)
-    rule, shuffle, seen = build(spec.pushes(), x), random.Random(seed), [x.clone()]
+    rule = build(spec.pushes(), x, Place(range(n), n, 3))
+    shuffle, seen = random.Random(seed), [x.clone()]
     pushed: set[int] = set()
 
     for clock in range(1, 20):
@@ -60,7 +64,7 @@ def test_newton_is_exact_on_quadratics_once_every_worker_has_pushed_however_old_
         read = shuffle.choice(seen)  # any version there ever was
         gradient = hs[worker] @ (read - cs[worker])
         rule.came_from(worker, clock, samples[worker])
-        rule.apply([torch.cat([hs[worker], (hs[worker] @ read - gradient)[None]]).flatten()])
+        rule.apply([torch.cat([hs[worker], gradient[None], read[None]]).flatten()])
         seen.append(x.clone())
         pushed.add(worker)
         if len(pushed) == 3:
@@ -69,21 +73,50 @@ def test_newton_is_exact_on_quadratics_once_every_worker_has_pushed_however_old_
     assert pushed == {0, 1, 2}
 
 
+def hessian_push(rule: PushedRule, worker: int, seed: int) -> None:
+    n = rule.place.numel
+    rows = [positive(n, seed), vector(n, seed)[None], vector(n, seed + 1)[None]]
+    rule.came_from(worker, 1, 1)
+    rule.apply([torch.cat(rows).flatten()])
+
+
 def test_the_memory_of_workers_goes_into_a_checkpoint() -> None:
-    n, x = 4, vector(4, 0)
-    rule = build(Newton().pushes(), x)
-    for worker in range(2):
-        rule.came_from(worker, 1, 1)
-        rule.apply([torch.cat([positive(n, worker), vector(n, worker)[None]]).flatten()])
+    x, place = vector(4, 0), Place(range(4), 4, 2)
+    rule = build(Newton().pushes(), x, place)
+    hessian_push(rule, 0, 1)
+    hessian_push(rule, 1, 2)
 
     y = x.clone()
-    other = build(Newton().pushes(), y)
+    other = build(Newton().pushes(), y, place)
     other.load_state_dict(rule.state_dict())
-    for each in (rule, other):
-        each.came_from(0, 2, 1)
-        each.apply([torch.cat([positive(n, 7), vector(n, 7)[None]]).flatten()])
+    hessian_push(rule, 0, 3)
+    hessian_push(other, 0, 3)
 
     assert torch.equal(x, y)
+
+
+def test_a_checkpoint_of_more_workers_does_not_weigh_on_fewer() -> None:
+    of_two = build(Newton().pushes(), vector(4, 0), Place(range(4), 4, 2))
+    hessian_push(of_two, 0, 1)
+    hessian_push(of_two, 1, 2)
+    x, y = vector(4, 9), vector(4, 9)
+    resumed, fresh = (build(Newton().pushes(), z, Place(range(4), 4, 1)) for z in (x, y))
+    resumed.load_state_dict(of_two.state_dict())
+
+    hessian_push(resumed, 0, 3)
+    hessian_push(fresh, 0, 3)
+
+    assert torch.equal(x, y)
+
+
+def test_a_step_that_cannot_be_made_leaves_the_memory_as_it_was() -> None:
+    rule = build(Newton(plain=True).pushes(), torch.zeros(2, dtype=DOUBLE))
+    rule.came_from(0, 1, 1)
+
+    with pytest.raises(CurvatureError):
+        rule.apply([torch.tensor([1, 1, 1, 1, 1, 0, 0, 0], dtype=DOUBLE)])  # H is singular
+
+    assert not rule.memory
 
 
 def inverse_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray[Any, Any]:
@@ -146,16 +179,23 @@ def test_bfgs_has_the_inverse_after_n_conjugate_pairs_on_a_quadratic() -> None:
 JACOBI = torch.tensor([[1, 0.7, 0.7], [0.7, 1, 0.7], [0.7, 0.7, 1]], dtype=DOUBLE)
 
 
-def sweep(rule: PushedRule, x: Tensor, clock: int, *, is_stale: bool, scale: float = 1.0) -> None:
-    """Let each of three workers move its coordinate of x'Ax/2, all from one old point or not."""
-    old = x.clone()
+def sweep(
+    rule: PushedRule, x: Tensor, clock: int, *, is_stale: bool, scale: float = 1.0
+) -> list[int]:
+    """Let each of three workers move its coordinate of x'Ax/2, all from one old point or not.
+
+    Returns whose turn it was.
+    """
+    old, turns = x.clone(), []
     for worker in range(3):
+        turns.append(turn := pushed_turn(clock - 1, worker, 3, 3) % 3)
         v = old if is_stale else x.clone()
         z = v - JACOBI @ v  # the diagonal is 1
         rows = torch.full((2, 3), torch.nan, dtype=DOUBLE)  # what is no block's is not looked at
-        rows[:, worker] = torch.stack([z, v])[:, worker]
+        rows[:, turn] = torch.stack([z, v])[:, turn]
         rule.came_from(worker, clock, 1)
         rule.apply([rows.flatten()], scale)
+    return turns
 
 
 def test_coordinates_in_turn_are_gauss_seidel() -> None:
@@ -164,8 +204,7 @@ def test_coordinates_in_turn_are_gauss_seidel() -> None:
     expected = x.clone()
 
     for clock in range(1, 30):
-        sweep(rule, x, clock, is_stale=False)
-        for i in range(3):
+        for i in sweep(rule, x, clock, is_stale=False):
             expected[i] -= JACOBI[i] @ expected
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-14)
 
@@ -201,6 +240,20 @@ def test_a_shard_without_the_block_is_not_touched() -> None:
 
     assert touched == [False, True, True]
     assert x.tolist() == [2, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("num_workers", "num_blocks"), [(2, 30), (3, 7), (4, 6), (1, 5)])
+def test_every_worker_goes_round_all_blocks_and_no_two_have_one(
+    num_workers: int, num_blocks: int
+) -> None:
+    def blocks(worker: int) -> list[int]:
+        turns = (pushed_turn(clock, worker, num_workers, num_blocks) for clock in range(num_blocks))
+        return [turn % num_blocks for turn in turns]
+
+    rounds = [blocks(worker) for worker in range(num_workers)]
+
+    assert all(sorted(own) == list(range(num_blocks)) for own in rounds)
+    assert all(len(set(at_once)) == num_workers for at_once in zip(*rounds, strict=True))
 
 
 def test_a_zero_of_the_penalty_is_an_exact_zero() -> None:
@@ -275,3 +328,20 @@ def test_a_form_refuses_what_its_optimizer_cannot_hold() -> None:
 def test_keys_that_only_rounds_have_are_refused(spec: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spec.pushes()
+
+
+def test_a_shard_whose_rule_cannot_step_still_is_at_the_version_it_was_ordered_to() -> None:
+    form = NaturalGradient(metric="diagonal", damping=0).pushes()
+    shard = Shard(torch.zeros(2), form, [torch.zeros(2) for _ in range(3)], num_rows=2)
+    shard.hold(0, 1, 1, torch.tensor([1.0, 1, 0, 0]))
+    take = Message(
+        Kind.ORDER, Action.TAKE, 0, 1, 1, clock=1, version=1, samples=1, step=1, scale=1.0
+    )
+
+    with pytest.raises(CurvatureError):
+        shard.execute(take)
+
+    lease = shard.execute(Message(Kind.ORDER, Action.READ, -1, version=1))
+    assert lease is not None
+    assert lease.version == 1
+    assert shard.snapshots.params.tolist() == [0, 0]

@@ -1,4 +1,4 @@
-"""The oracles are the mission's formula, written down again in whole numbers, and torch's own
+"""The oracles are the paper's formula, written down again in whole numbers, and torch's own
 schedulers."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def rates(spec: Schedule, updates: int, lr: float = 0.1) -> list[float]:
 
 
 def sgdr(eta_min: float, eta_max: float, t_0: int, t_mult: int, updates: int) -> list[float]:
-    """Return the rates by the formula of the paper and of the mission."""
+    """Return the rates by the formula of the paper (Loshchilov & Hutter, 2017)."""
     out, t_cur, t_i = [], 0, t_0
     for _ in range(updates):
         out.append(eta_min + (eta_max - eta_min) / 2 * (1 + math.cos(math.pi * t_cur / t_i)))

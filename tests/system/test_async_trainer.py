@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,54 @@ def test_a_failing_loss_ends_the_run_and_leaves_its_record(tmp_path: Path) -> No
     with pytest.raises((RunFailedError, TaskError), match="no such column"):
         AsyncTrainer(broken, SGD(lr=0.1), RunConfig(updates=5, out=tmp_path / "run")).fit()
 
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "no such column" in record["stopped_because"]
     assert titled("ray::Worker.run") == []
+
+
+def test_data_that_only_workers_fail_to_load_is_named(tmp_path: Path) -> None:
+    driver = os.getpid()
+
+    def data() -> Data:
+        if os.getpid() != driver:
+            raise OSError("the disk is not mounted here")
+        return Data(TensorExamples(torch.rand(64, 4)), TensorExamples(torch.rand(8, 4)))
+
+    far = replace(linear_task(exploding), data=data)
+
+    with pytest.raises(TaskError, match="the disk is not mounted here"):
+        AsyncTrainer(far, SGD(lr=0.1), RunConfig(updates=5, out=tmp_path / "run")).fit()
+
+
+def test_a_lost_evaluator_is_replaced(tmp_path: Path) -> None:
+    digits, gate = task("digits"), tmp_path / "gate"
+
+    def kill_it() -> None:
+        kill_and_wait(titled("ray::Evaluator")[0])
+
+    result = AsyncTrainer(
+        replace(digits, loss=slowed(digits.loss, gate, calls=50)),
+        Momentum(lr=0.01),
+        RunConfig(workers=2, updates=1000, evaluate_every_s=0.1, out=tmp_path / "run"),
+        progress=once_at(50, gate, kill_it),
+    ).fit()
+
+    assert [failure["what"] for failure in result.record["failures"]] == ["the evaluator"]
+    assert result.metrics["accuracy"] > 0.5
+
+
+@pytest.mark.long
+def test_a_target_that_no_metric_has_ends_the_run_and_leaves_its_record(tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError, match="until names 'recall'; task 'digits' has accuracy"):
+        AsyncTrainer(
+            task("digits"),
+            SGD(lr=0.1),
+            RunConfig(epochs=1e6, until="recall=0.9", evaluate_every_s=0.1, out=tmp_path / "run"),
+        ).fit()
+
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["stopped_because"].startswith("error: until names")
+    assert (tmp_path / "run" / "checkpoint" / "manifest.json").exists()
 
 
 def exploding(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:

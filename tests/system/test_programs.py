@@ -161,7 +161,7 @@ def test_a_killed_worker_changes_nothing_about_a_program(tmp_path: Path) -> None
     ("name", "keys", "message"),
     [
         ("lbfgs", {"damping": "dynsgd"}, "^lbfgs is a round program: nothing in a round is stale"),
-        ("lbfgs", {"clip": "norm:max_norm=1"}, "^lbfgs is a round program: clipping would break"),
+        ("lbfgs", {"clip": "norm:max_norm=1"}, "^lbfgs needs more than gradients: clipping"),
         ("bfgs", {"shards": 2}, "^bfgs needs the whole vector in one place: use 1 shard, not 2"),
         ("sgd", {"rule": "pieces"}, "^rule pieces is for round programs, and sgd is a push rule"),
     ],

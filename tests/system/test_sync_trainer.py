@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from paramserver.averaged_state import averaged
 from paramserver.averaging import AllIterates
 from paramserver.checkpoint import load_checkpoint
-from paramserver.errors import CheckpointError, RunFailedError
-from paramserver.optimizers import LBFGS, Adam, Momentum
+from paramserver.errors import CheckpointError, RunFailedError, TaskError
+from paramserver.optimizers import LBFGS, OPTIMIZERS, Adam, Momentum
 from paramserver.record import Result
+from paramserver.schedules import CosineOnce
 from sync.trainer import SyncTrainer
 from tests.support.gate import interrupt, once_at, slowed
 from tests.support.processes import kill_and_wait, titled
@@ -269,6 +270,46 @@ def test_a_failing_loss_ends_the_run_and_leaves_its_record(tmp_path: Path) -> No
 
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert "no such column" in record["stopped_because"]
+
+
+@pytest.mark.long
+def test_data_that_only_ranks_fail_to_load_is_named(tmp_path: Path) -> None:
+    driver = os.getpid()
+
+    def data() -> Data:
+        if os.getpid() != driver:
+            raise OSError("the disk is not mounted here")
+        return small_task().data()
+
+    far = replace(small_task(), data=data)
+
+    with pytest.raises(TaskError, match="the disk is not mounted here"):
+        SyncTrainer(far, Adam(), RunConfig(updates=5, out=tmp_path / "run")).fit()
+
+
+RATES = {
+    "sgd": 0.3, "momentum": 0.02, "nesterov": 0.02, "adagrad": 0.3,
+    "adadelta": 1.0, "adam": 0.02, "adamw": 0.02, "rmsprop": 0.01, "subgradient": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("name", sorted(RATES))
+def test_every_push_rule_approaches_the_optimum(tmp_path: Path, name: str, workers: int) -> None:
+    decay = {"weight_decay": 0.0} if name == "adamw" else {}
+    optimizer = OPTIMIZERS.build({"name": name, "lr": RATES[name], **decay})
+    config = RunConfig(
+        workers=workers,
+        updates=6000,
+        schedule=CosineOnce(updates=6000),
+        evaluate_every_s=0,
+        out=tmp_path / "run",
+    )
+
+    result = SyncTrainer(task("quadratic:noise=0,dim=256"), optimizer, config).fit()
+
+    assert result.metrics["distance"] < 1e-2
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_its_state(tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_what_is_not_libsvm_is_refused(content: bytes, message: str) -> None:
         parse_libsvm(content, num_features=4)
 
 
-REAL = Path(os.environ.get("PARAMSERVER_DATA") or Path(__file__).parents[3] / "shared" / "data")
+REAL = Path(os.environ.get("PARAMSERVER_DATA", "no PARAMSERVER_DATA"))
 
 
 def real_folder(data: DataSet) -> str:
