@@ -219,6 +219,8 @@ def _record(
         then, now = record["config"]["seed"], flags.seed
         if then != now or record["workers"] != flags.workers or record["task"] != what.name:
             raise RecordError(f"{folder} holds a run of other settings: choose another out")
+        if record["stopped_because"].startswith("error: "):
+            raise RecordError(f"{folder} holds a run that failed: delete it to make it again")
         return record
     from async_sgd.rules import RULES  # noqa: PLC0415
     from async_sgd.trainer import AsyncTrainer  # noqa: PLC0415  # imports Ray

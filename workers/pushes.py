@@ -17,7 +17,13 @@ from torch import Tensor
 
 from paramserver.client import Client, Ended
 from paramserver.layout import Layout
-from paramserver.optimizers.coordinate import BlockOrder, is_optimal, minimise_block, pushed_turn
+from paramserver.optimizers.coordinate import (
+    HALVINGS,
+    BlockOrder,
+    is_optimal,
+    minimise_block,
+    pushed_turn,
+)
 from paramserver.optimizers.push_form import PushForm
 from paramserver.rounds import Kind, Sample
 from workers.loop import Finished
@@ -142,11 +148,28 @@ class Maker:
             h = torch.stack([self._column(x, clock, int(c), coords[at]) for c in coords[at]])
             if bool(torch.isfinite(h).all() and torch.isfinite(part).all()):
                 h, eps = (h + h.T) / 2, torch.finfo(x.dtype).eps
-                z[at] += minimise_block(h, part[at], v[at], l1=spec.l1, lr=spec.lr, eps=eps)
+                d = minimise_block(h, part[at], v[at], l1=spec.l1, lr=spec.lr, eps=eps)
+                z[at] = self._lower(x, clock, coords[at], d, loss)
             else:
                 z[at] = math.nan  # the push is refused, and named
         norm = float(torch.linalg.vector_norm(g))
         return Push(loss, norm, samples, torch.stack([z, v]).to(x.dtype), block)
+
+    def _lower(self, x: Tensor, clock: int, coords: Tensor, d: Tensor, loss: float) -> Tensor:
+        """Return where to go along ``d`` from ``x`` at ``coords``, float64: as far as it helps.
+
+        The step is halved until the worker's objective does not rise.
+        """
+        old, y = x[coords].double(), x.clone()
+        rounding = max(1e-6 * abs(loss), 10 * torch.finfo(x.dtype).eps)
+        for halvings in range(HALVINGS + 1):
+            new: Tensor = old + d / 2**halvings
+            y[coords] = new.to(x.dtype)
+            _, value, _ = self._answer("loss", y, clock)
+            paid = self._form.spec.l1 * float(new.abs().sum() - old.abs().sum())
+            if value + paid <= loss + rounding:
+                return new
+        return old
 
     @cached_property
     def _order(self) -> BlockOrder:

@@ -8,8 +8,8 @@ With block B of coordinates, gradient g and Hessian H at the point as it is when
 
 On a quadratic, blocks of one in turn are the Gauss-Seidel iteration; with ``l1`` on least squares
 they are the usual solver of the Lasso. Where H_BB has no positive curvature in a direction, the
-step there is a gradient step of length ``lr``. In rounds, a step that raises the objective on its
-sample is halved until it does not; a push takes it as it is.
+step there is a gradient step of length ``lr``. A step that raises the objective on its sample is
+halved until it does not.
 
 What it costs: reverse mode returns the whole gradient for the price of one coordinate, and a row of
 the Hessian costs two to four gradients. A block that moves takes one gradient and a row for each of
