@@ -289,7 +289,7 @@ def test_data_that_only_ranks_fail_to_load_is_named(tmp_path: Path) -> None:
 
 RATES = {
     "sgd": 0.3, "momentum": 0.02, "nesterov": 0.02, "adagrad": 0.3,
-    "adadelta": 1.0, "adam": 0.02, "adamw": 0.02, "rmsprop": 0.01, "subgradient": 0.3,
+    "adadelta": 1.0, "adam": 0.02, "adamw": 0.02, "rmsprop": 0.01,
 }  # fmt: skip
 
 
