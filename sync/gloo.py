@@ -149,7 +149,11 @@ class Gloo:
 
 
 class Host:
-    """Rank 0's store, where the others find the group."""
+    """Rank 0's store, where the others find the group.
+
+    torch's store looks up the name of every address it connects: where the name server does not
+    answer, each new group waits for the resolver's timeout (5 s by default, ``RES_OPTIONS``).
+    """
 
     def __init__(self, ip: str, timeout_s: float) -> None:
         """Listen at a free port of ``ip``."""

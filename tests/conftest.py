@@ -9,6 +9,10 @@ import torch
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
 
+# torch's store asks the name server for the name of every address it connects, 127.0.0.1 too: one
+# that does not answer costs five seconds each, more than the deadlines tested here.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 hypothesis.settings.register_profile("shared-machine", deadline=None)
 hypothesis.settings.load_profile("shared-machine")
 torch.set_num_threads(1)
