@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import ray
 import torch
 
-from paramserver.actor import RoundsConfig, ShardActor, ShardConfig
-from paramserver.checkpoint import Checkpoint, gather_state, scatter_state
-from paramserver.clipping import Clip
+from async_sgd.evaluations import Evaluations
+from async_sgd.plan import Plan
+from paramserver.actor import ShardActor
+from paramserver.checkpoint import Checkpoint, gather_state
 from paramserver.errors import (
     ParamServerError,
     ResourceError,
@@ -29,19 +29,11 @@ from paramserver.errors import (
     ServerLostError,
     ServerTimeoutError,
 )
-from paramserver.layout import Layout
 from paramserver.ledger import Ledger
-from paramserver.optimizers import AnyOptimizer
-from paramserver.optimizers.push_form import Place, PushForm
-from paramserver.rounds import RoundProgram
-from paramserver.rules import Damping, RuleSpec
-from paramserver.sequencer import Budget, Progress, Sequencer
 from paramserver.shard import Saved
-from workers.actor import EvaluatorActor, Servers, WorkerActor
-from workers.config import RunConfig
+from workers.actor import Servers, WorkerActor
 from workers.loop import Finished
 from workers.run import Run
-from workers.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -50,28 +42,6 @@ _POLL_S = 0.2
 
 _STOP_S = 10.0
 """Seconds workers have to come back after the run was ended."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a fleet is to train, and how."""
-
-    task: Task
-    optimizer: AnyOptimizer
-    program: RoundProgram | None
-    """What the optimizer builds, if that is a round program and runs in rounds."""
-    form: PushForm | None
-    """How it is pushed, if it is a round program and does not."""
-    config: RunConfig
-    rule: RuleSpec
-    damping: Damping | None
-    layout: Layout
-    cuts: tuple[range, ...]
-    num_train: int
-    """Training samples."""
-    described: Mapping[str, object]
-    """The optimizer, as the record holds it."""
-    progress: Callable[[Mapping[str, Any]], None] | None
 
 
 class Fleet:
@@ -92,7 +62,7 @@ class Fleet:
             token=self._token,
             timeout_s=self._config.call_timeout_s,
             wait_s=self._config.wait_timeout_s + self._config.call_timeout_s,
-            slot_rows=self._slot_rows,
+            slot_rows=plan.slot_rows,
         )
         self._shards: list[Any] = []
         self._workers: dict[int, Any] = {}
@@ -101,9 +71,6 @@ class Fleet:
             w: start.workers.get(str(w), {}).get("incarnation", 0)
             for w in range(self._config.workers)
         }
-        self._evaluator: Any = None
-        self._evaluation: Any = None
-        self._num_evaluators = 0
         extra = start.extra
         self._last_status: dict[str, Any] = {
             "updates": start.version,
@@ -112,9 +79,15 @@ class Fleet:
         }
         self._has_failed = False
         self._task_ref = ray.put(plan.task)
+        self._evaluations = Evaluations(
+            self._task_ref,
+            self._config.seed,
+            self._servers,
+            timeout_s=self._config.call_timeout_s,
+            lost=self._lost,
+        )
         cores = len(os.sched_getaffinity(0))
         self._threads = self._config.threads or max(1, cores // self._config.workers)
-        self._clip_at_worker, self._clip_at_shard = self._place_clip()
 
     def start(self) -> None:
         """Start every process, all at once, and let the workers go."""
@@ -122,16 +95,18 @@ class Fleet:
             self._check_resources()
         for shard in range(len(self._cuts)):
             self._start_shard(shard)
-        self._spawn_evaluator()
+        self._evaluations.start()
         for worker in range(self._config.workers):
             self._spawn(worker)
         timeout_s = self._config.call_timeout_s
         self._get([shard.follow.remote() for shard in self._shards[1:]], "starting the shards")
-        lead = self._shards[0].lead.remote(self._sequencer(), self._addresses[1:], timeout_s)
+        ledger = Ledger.load(self._run.folder.updates) if self._run.resumed else None
+        sequencer = self._plan.sequencer(self._start, ledger)
+        lead = self._shards[0].lead.remote(sequencer, self._addresses[1:], timeout_s)
         self._get([lead], "starting the shards")
-        ready = [w.ready.remote() for w in (*self._workers.values(), self._evaluator)]
+        ready = [w.ready.remote() for w in (*self._workers.values(), self._evaluations.actor)]
         self._get(ready, "starting the workers")
-        self._connect_evaluator()
+        self._evaluations.connect()
         self._run.started()
         for worker in self._workers:
             self._let_go(worker)
@@ -149,7 +124,7 @@ class Fleet:
                 raise
             self._fail(error)
         except (ParamServerError, ValueError) as error:
-            self._fail(error)
+            self._fail(self._explained(error))
 
     def _watch(self) -> None:
         while self._runs:
@@ -181,87 +156,15 @@ class Fleet:
         """End every process; nothing of the run stays behind."""
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get([shard.close.remote() for shard in self._shards], timeout=5)
-        for actor in (*self._workers.values(), *self._shards, self._evaluator):
+        for actor in (*self._workers.values(), *self._shards, self._evaluations.actor):
             if actor is not None:
                 ray.kill(actor)
 
-    def _sequencer(self) -> Sequencer:
-        c = self._config
-        samples = None if c.epochs is None else math.ceil(c.epochs * self._plan.num_train)
-        counters: Mapping[str, Any] = self._start.extra
-        progress = Progress(
-            version=self._start.version,
-            gradients=int(counters.get("gradients", 0)),
-            samples=int(counters.get("samples", 0)),
-            workers={int(w): dict(table) for w, table in self._start.workers.items()},
-        )
-        ledger = Ledger.load(self._run.folder.updates) if self._run.resumed else None
-        return Sequencer(
-            self._plan.rule.build(c.workers),
-            damping=self._plan.damping,
-            budget=Budget(updates=None if self._plan.program else c.updates, samples=samples),
-            on_nan="pass" if self._plan.program else c.on_nan,
-            wait_timeout_s=c.wait_timeout_s,
-            progress=progress,
-            ledger=ledger,
-            expected=c.workers,
-        )
-
     def _start_shard(self, index: int) -> None:
+        config = self._plan.shard(index, self._addresses[index], self._token, self._start)
         cut = self._cuts[index]
-        state = self._start.state
-        config = ShardConfig(
-            index=index,
-            address=self._addresses[index],
-            capacity=self._capacity(),
-            token=self._token,
-            fingerprint=self._layout.fingerprint,
-            optimizer=self._built_at(cut),
-            slot_rows=self._slot_rows,
-            schedule=self._config.schedule,
-            clip=self._clip_at_shard,
-            average=self._config.average,
-            version=self._start.version,
-            rule_state=None if state is None else scatter_state(state, cut),
-            schedule_state=None if state is None else state.schedule,
-            rounds=self._rounds(cut),
-        )
         params = self._start.params[cut.start : cut.stop].numpy()
         self._shards.append(ShardActor.options(num_cpus=0).remote(config, params))
-
-    @property
-    def _slot_rows(self) -> int:
-        """Rows of a slot: a whole program may ask for a matrix."""
-        program, form = self._plan.program, self._plan.form
-        if form is not None:
-            return form.num_rows(self._layout.numel)
-        return self._layout.numel if program is not None and program.whole else 1
-
-    def _built_at(self, cut: range) -> AnyOptimizer:
-        """Return what the shard of ``cut`` builds its rule or program from."""
-        form = self._plan.form
-        if form is None:
-            return self._plan.optimizer
-        return replace(form, place=Place(cut, self._layout.numel, self._config.workers))
-
-    def _capacity(self) -> int:
-        """Buffers of a shard: for workers, a replacement, the evaluator, and one to write.
-
-        A request of a round program may show two vectors.
-        """
-        needed = self._config.workers + 3
-        return needed if self._plan.program is None else 2 * needed
-
-    def _rounds(self, cut: range) -> RoundsConfig | None:
-        if self._plan.program is None:
-            return None
-        return RoundsConfig(
-            cut=cut,
-            num_examples=self._plan.num_train,
-            num_workers=self._config.workers,
-            finished=int(self._start.extra.get("rounds", 0)),
-            last=self._config.updates,
-        )
 
     def _spawn(self, worker: int) -> None:
         cpus = 1 if self._config.address is not None else 0
@@ -294,7 +197,7 @@ class Fleet:
             self._incarnations[worker],
             self._config.workers,
             batch_size,
-            self._clip_at_worker,
+            self._plan.clip_at_worker,
             self._config.gradient,
         )
         self._runs[ref] = worker
@@ -310,16 +213,15 @@ class Fleet:
                 self._spawn(worker)
                 self._let_go(worker)
         except ray.exceptions.RayTaskError as error:
-            self._fail(self._cause(error))
+            self._fail(self._explained(error.cause))
         else:
             assert finished.reason
 
-    def _cause(self, error: ray.exceptions.RayTaskError) -> BaseException:
-        """Return what an actor raised; of a lost shard, what happened to it."""
-        cause: BaseException = error.cause
-        if isinstance(cause, ServerLostError | ServerTimeoutError):
-            return self._why_lost() or cause
-        return cause
+    def _explained(self, error: BaseException) -> BaseException:
+        """Return ``error``, or what happened to the shard whose loss it tells of."""
+        if isinstance(error, ServerLostError | ServerTimeoutError):
+            return self._why_lost() or error
+        return error
 
     def _why_lost(self) -> BaseException | None:
         """Ask the shards what happened to the one that was lost; it knows better than others."""
@@ -341,51 +243,13 @@ class Fleet:
 
         Returns why the run is to end, if the metrics reach the target.
         """
-        if self._evaluation is None and self._run.evaluation_is_due():
-            self._evaluation = self._evaluator.evaluate.remote()
-        if self._evaluation is None:
-            return None
-        done, _ = ray.wait([self._evaluation], timeout=0)
-        evaluated = self._evaluated() if done else None
+        if not self._evaluations.is_under_way and self._run.evaluation_is_due():
+            self._evaluations.begin()
+        evaluated = self._evaluations.take_if_there()
         return evaluated and self._run.evaluated(*evaluated, self._status())
 
-    def _evaluated(self) -> tuple[int, dict[str, float]] | None:
-        """Take the version and metrics that were asked for; None if the evaluator is lost.
-
-        Another one is in its place then.
-        """
-        ref, self._evaluation = self._evaluation, None
-        try:
-            found: tuple[int, dict[str, float]] = ray.get(ref, timeout=self._config.call_timeout_s)
-        except ray.exceptions.RayActorError:
-            self._lost("the evaluator")
-            self._spawn_evaluator()
-            self._connect_evaluator()
-            return None
-        except ray.exceptions.GetTimeoutError as error:
-            raise ServerTimeoutError(0, "evaluating", self._config.call_timeout_s) from error
-        except ray.exceptions.RayTaskError as error:
-            raise self._cause(error) from None
-        return found
-
     def _evaluate_last(self) -> None:
-        if self._evaluation is not None:
-            self._evaluated()  # of an earlier version
-        evaluated = None
-        while evaluated is None:
-            self._evaluation = self._evaluator.evaluate.remote()
-            evaluated = self._evaluated()
-        self._run.evaluated(*evaluated, self._status())
-
-    def _spawn_evaluator(self) -> None:
-        self._evaluator = EvaluatorActor.options(num_cpus=0).remote(
-            self._task_ref, self._config.seed, 1
-        )
-
-    def _connect_evaluator(self) -> None:
-        self._num_evaluators += 1
-        connected = self._evaluator.connect.remote(self._servers, self._num_evaluators)
-        self._get([connected], "connecting the evaluator")
+        self._run.evaluated(*self._evaluations.last(), self._status())
 
     def _lost(self, what: str) -> None:
         """Count the loss of a process; ResourceError if there were too many."""
@@ -478,19 +342,13 @@ class Fleet:
         except ray.exceptions.GetTimeoutError as error:
             raise ServerTimeoutError(0, doing, timeout_s) from error
         except ray.exceptions.RayTaskError as error:
-            raise self._cause(error) from None
+            raise self._explained(error.cause) from None
         except ray.exceptions.RayActorError as error:
             raise RunFailedError(
                 f"a server process was lost while {doing}; go on from the last checkpoint with "
                 f"resume={self._run.folder.path}",
                 str(self._run.folder.path),
             ) from error
-
-    def _place_clip(self) -> tuple[Clip | None, Clip | None]:
-        """Clip at the worker unless the averaged gradient is asked for."""
-        clip = self._config.clip
-        at_shard = clip is not None and clip.where == "reduced"
-        return (None, clip) if at_shard else (clip, None)
 
     def _check_resources(self) -> None:
         wanted, there = self._config.workers, ray.cluster_resources().get("CPU", 0)

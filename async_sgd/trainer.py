@@ -18,7 +18,8 @@ from typing import Any, cast
 from torch import nn
 
 from async_sgd.damping import DAMPINGS
-from async_sgd.fleet import Fleet, Plan
+from async_sgd.fleet import Fleet
+from async_sgd.plan import Plan
 from async_sgd.rules import RULES
 from async_sgd.rules.asynchronous import Asynchronous
 from async_sgd.rules.pieces import Pieces

@@ -23,6 +23,7 @@ Source of the idea: Sandblaster, in Dean et al., "Large Scale Distributed Deep N
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.errors import CurvatureError, LayoutError
-from paramserver.lean import LeanOptimizer
+from paramserver.lean import FlatOptimizer
 
 Kind: TypeAlias = Literal[
     "loss", "gradient", "hvp", "ggnvp", "hessian", "fisher", "fisher_diagonal"
@@ -117,7 +118,7 @@ Round: TypeAlias = Generator[Request, Any, Step]
 Sums: TypeAlias = Generator[Sum, Tensor, Tensor]
 
 
-class RoundProgram(LeanOptimizer):
+class RoundProgram(FlatOptimizer):
     """An optimizer in rounds; torch's schedulers and ``state_dict`` work on it.
 
     It has one parameter group with one flat parameter, whose ``state`` holds what lasts: tensors
@@ -136,26 +137,11 @@ class RoundProgram(LeanOptimizer):
 
     def __init__(self, params: Sequence[nn.Parameter], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        (self._param,) = self.param_groups[0]["params"]
         self.cut = range(self._param.numel())
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the parameter group, ``lr`` among them as the schedule has it now."""
-        return self.param_groups[0]
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        """What lasts from round to round."""
-        memory: dict[str, Any] = self.state[self._param]
-        return memory
-
+    @abstractmethod
     def round(self, x: Tensor) -> Round:
         """Make one update from ``x``, own slice, shape ``(n,)``, which is not to be written to."""
-        raise NotImplementedError(f"{type(self).__name__} has no round")
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Say that a round has ended, for torch's schedulers; `Runner` makes the update."""
 
 
 class RoundOptimizer(Protocol):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ class Saved:
     """Rounds a program has finished; None for a push rule."""
 
 
-class Held:
+class Held(ABC):
     """What every kind of shard does: it keeps pushes until it is ordered what to do with them."""
 
     version: int
@@ -202,20 +203,24 @@ class Held:
         self._release(order.worker)
         return held.grad
 
+    @abstractmethod
     def _take(self, grad: Tensor, order: Message) -> None:
-        raise NotImplementedError
+        """Do what the rule or program does with a gradient that was held."""
 
     def _step_gathered(self, version: int) -> None:
         raise ProtocolError("there is nothing gathered to step on here")
 
+    @abstractmethod
     def _lease(self, reader: int) -> Lease:
-        raise NotImplementedError
+        """Show ``reader`` what it is to read, until it is released."""
 
+    @abstractmethod
     def _release(self, reader: int) -> None:
-        raise NotImplementedError
+        """End the lease of ``reader``, if it has one."""
 
+    @abstractmethod
     def _save(self) -> Saved:
-        raise NotImplementedError
+        """Copy everything a checkpoint needs."""
 
     def _go_on(self, text: str) -> None:
         raise ProtocolError("no sum is waited for here")

@@ -33,12 +33,29 @@ def answer(oracle: Oracle, cuts: Sequence[range], client: Client) -> Finished:
         piece = Piece(sample, asked["round"], asked["piece"], asked["of"])
         vector = whole(reading.vectors) if reading.vectors else None
         samples, loss, rows = oracle.answer(asked["kind"], whole(reading.params), piece, vector)
-        for slot, cut in zip(client.slots, cuts, strict=True):
-            k, n = len(rows), len(cut)
-            slot[: k * n].view(k, n).copy_(rows[:, cut.start : cut.stop])
+        write_rows(client.slots, cuts, rows)
         norm = float(torch.linalg.vector_norm(rows))
         reading = client.push(loss=loss, norm=norm, samples=samples)
     return Finished(reading.reason, client.clock)
+
+
+def write_rows(
+    slots: Sequence[Tensor], cuts: Sequence[range], rows: Tensor, columns: range | None = None
+) -> None:
+    """Write rows of the whole vector into the slots, each row's slice after that of the one before.
+
+    Args:
+        slots: One a shard, with room for as many rows.
+        cuts: The shards' ranges.
+        rows: Shape ``(k, m)``.
+        columns: Which ``m`` elements they are of; None is all. The slots' others are left alone.
+    """
+    start = 0 if columns is None else columns.start
+    for slot, cut in zip(slots, cuts, strict=True):
+        first, last = max(cut.start, start), min(cut.stop, start + rows.shape[1])
+        if first < last:
+            own = slot[: len(rows) * len(cut)].view(len(rows), len(cut))
+            own[:, first - cut.start : last - cut.start] = rows[:, first - start : last - start]
 
 
 def whole(pieces: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from paramserver.optimizers.push_form import PushForm
 from paramserver.rounds import Kind, Sample
 from workers.loop import Finished
 from workers.oracles import Oracle
-from workers.pieces import whole
+from workers.pieces import whole, write_rows
 from workers.samples import Piece
 
 _AT_ONCE = 1024
@@ -200,10 +200,6 @@ def push(maker: Maker, cuts: Sequence[range], client: Client) -> Finished:
         made = maker.make(whole(reading.params), client.clock)
         layer = maker.nonfinite_layer(made)
         norm = math.nan if layer else made.gradient_norm
-        for slot, cut in zip(client.slots, cuts, strict=True):
-            start = max(cut.start, made.columns.start)
-            stop = max(start, min(cut.stop, made.columns.stop))
-            rows = slot.view(len(made.rows), len(cut))[:, start - cut.start : stop - cut.start]
-            rows.copy_(made.rows[:, start - made.columns.start : stop - made.columns.start])
+        write_rows(client.slots, cuts, made.rows, made.columns)
         reading = client.push(loss=made.loss, norm=norm, samples=made.samples, layer=layer)
     return Finished(reading.reason, client.clock)

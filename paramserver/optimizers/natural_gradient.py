@@ -17,6 +17,7 @@ Pascanu & Bengio, "Revisiting Natural Gradient for Deep Networks", ICLR 2014, ar
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -70,9 +71,9 @@ class NaturalGradientProgram(RoundProgram):
         length = 1.0 if settings["kl"] is None else math.sqrt(2 * settings["kl"] / gz)
         return Step(x.add(z, alpha=-settings["lr"] * length), start.loss)
 
+    @abstractmethod
     def _solve(self, x: Tensor, g: Tensor, on: Sample) -> Generator[Request, Any, Tensor]:
         """Return z, own slice, with F at ``x`` from the sample ``on``."""
-        raise NotImplementedError
 
 
 class CGProgram(NaturalGradientProgram):

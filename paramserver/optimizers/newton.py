@@ -25,6 +25,7 @@ arXiv:1912.01597, 2019.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -32,7 +33,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from paramserver.errors import CurvatureError
 from paramserver.optimizers.base import check_from_0
 from paramserver.optimizers.conjugate_gradient import Product, cg_solve
 from paramserver.optimizers.line_search import (
@@ -45,6 +45,7 @@ from paramserver.optimizers.line_search import (
     stop_at,
     strong_wolfe,
 )
+from paramserver.optimizers.newton_steps import dense_direction, saddle_free_step
 from paramserver.optimizers.push_form import PushedRule, PushForm, refuse_set
 from paramserver.rounds import (
     Answer,
@@ -96,9 +97,9 @@ class _DenseProgram(RoundProgram):
         remember(end, on, memory)
         return Step(end.x, start.loss, stop_at(end, settings["tolerance"], on))
 
+    @abstractmethod
     def _direction(self, h: Tensor, g: Tensor) -> Tensor:
         """Return d from the Hessian and the gradient, float64."""
-        raise NotImplementedError
 
 
 class NewtonProgram(_DenseProgram):
@@ -145,9 +146,9 @@ class _MemoryRule(PushedRule):
         self.memory.update(new)
         x.add_(d.to(x.dtype), alpha=scale * self.settings["lr"])
 
+    @abstractmethod
     def _direction(self, h: Tensor, g: Tensor) -> Tensor:
         """Return d from the mean of the Hessians and the gradient, float64."""
-        raise NotImplementedError(f"{type(self).__name__} has no direction")
 
 
 class NewtonPushRule(_MemoryRule):
@@ -214,77 +215,6 @@ def _stay(start: Point, found: NotFound, settings: dict[str, Any]) -> Step:
     """Return the end of a round that found no lower point; if the next would too, of the run."""
     repeats = settings["batch"] is None and settings["curvature_batch"] is None
     return Step(start.x, start.loss, f"along Newton's direction, {found}" if repeats else None)
-
-
-def dense_direction(settings: dict[str, Any], h: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return Newton's direction, downhill unless ``plain``; H was computed in ``dtype``."""
-    if settings["plain"]:
-        return plain_newton_step(h, g, damping=settings["damping"])
-    least = 10 * torch.finfo(dtype).eps
-    return newton_step(h, g, damping=settings["damping"], least=least)
-
-
-def newton_step(h: Tensor, g: Tensor, *, damping: float, least: float) -> Tensor:
-    """Return d = -(H + λI)⁻¹ g, with λ grown from ``damping`` until H + λI is positive definite.
-
-    Parameters on which neither H nor g depends, such as padding, stay where they are.
-
-    Args:
-        h: The symmetric matrix H, shape ``(n, n)``, float64.
-        g: The gradient, shape ``(n,)``, float64.
-        damping: The first λ, 0 or more, in units of H.
-        least: The least pivot that counts as above 0, as a share of H's largest element; about the
-            precision that H was computed with.
-    """
-    used = (h != 0).any(0) | (g != 0)
-    d = torch.zeros_like(g)
-    if not used.any():
-        return d
-    a = h[used][:, used]
-    size = float(a.abs().max()) or 1.0
-    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    lam = damping
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(a + lam * identity)
-        if not failed and float(factor.diagonal().min()) ** 2 > least * size:
-            break
-        lam = max(10 * lam, 10 * least * size)
-    d[used] = -torch.cholesky_solve(g[used, None], factor)[:, 0]
-    return d
-
-
-def plain_newton_step(h: Tensor, g: Tensor, *, damping: float) -> Tensor:
-    """Return d = -(H + λI)⁻¹ g, uphill too; arguments as those of `newton_step`.
-
-    Raises:
-        CurvatureError: H + λI is singular.
-    """
-    used = (h != 0).any(0) | (g != 0)
-    a = h[used][:, used]
-    a.diagonal().add_(damping)
-    solution, failed = torch.linalg.solve_ex(a, g[used])
-    if failed:
-        raise CurvatureError("the Hessian's determinant", 0.0)
-    d = torch.zeros_like(g)
-    d[used] = -solution
-    return d
-
-
-def saddle_free_step(h: Tensor, g: Tensor, *, damping: float, floor: float) -> Tensor:
-    """Return d = -(|H| + λI)⁻¹ g; arguments as those of `newton_step`.
-
-    Args:
-        h: The symmetric matrix H.
-        g: The gradient.
-        damping: λ.
-        floor: The least size of an eigenvalue of H, as a share of the largest; below it, the
-            floor stands for it.
-    """
-    values, vectors = torch.linalg.eigh(h)
-    sizes = values.abs()
-    sizes = sizes.clamp(min=floor * (float(sizes.max()) or 1.0)) + damping
-    d: Tensor = -(vectors @ ((vectors.T @ g) / sizes))
-    return d
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

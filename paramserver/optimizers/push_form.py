@@ -15,6 +15,7 @@ What staleness does to each is told where its rule is.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -22,6 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from paramserver.lean import FlatOptimizer
 from paramserver.optimizers.base import PushRule
 
 Work = Literal["block", "pair", "hessian", "fisher_diagonal", "fisher"]
@@ -38,7 +40,7 @@ class Place(NamedTuple):
     num_workers: int
 
 
-class PushedRule(PushRule):
+class PushedRule(PushRule, FlatOptimizer):
     """One update for each push of several rows; it knows whose they are."""
 
     elementwise: ClassVar[bool] = False
@@ -47,20 +49,8 @@ class PushedRule(PushRule):
         self, params: Sequence[nn.Parameter], settings: dict[str, Any], place: Place
     ) -> None:
         super().__init__(params, settings)
-        (self._param,) = self.param_groups[0]["params"]
         self.place = place
         self.worker = self.clock = self.samples = 0
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the parameter group, ``lr`` among them as the schedule has it now."""
-        return self.param_groups[0]
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        """What lasts: tensors whose last dimension is the slice's length, and single numbers."""
-        memory: dict[str, Any] = self.state[self._param]
-        return memory
 
     def came_from(self, worker: int, clock: int, samples: int) -> None:
         """Hear whose push `apply` is called with next, which it is, and of how many samples."""
@@ -86,6 +76,7 @@ class PushedRule(PushRule):
             self.update(x, rows.view(-1, len(x)), scale)
         self._opt_called = True  # a scheduler warns of updates that it thinks are missing
 
+    @abstractmethod
     def update(self, x: Tensor, rows: Tensor, scale: float) -> None:
         """Change ``x``, own slice, shape ``(n,)``, by a step made ``scale`` times as long.
 
@@ -94,10 +85,6 @@ class PushedRule(PushRule):
             rows: What was pushed, shape ``(k, n)``; not to be kept.
             scale: The damping's.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no update")
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Do nothing: torch's schedulers want an optimizer to have a step."""
 
 
 class PairRule(PushedRule):
@@ -117,13 +104,13 @@ class PairRule(PushedRule):
             self.learn(s, y, sy, yy)
         x.add_(self.direction(g), alpha=scale * self.settings["lr"])
 
+    @abstractmethod
     def learn(self, s: Tensor, y: Tensor, sy: float, yy: float) -> None:
         """Take up a pair; ``sy`` and ``yy`` are its dot products, above 0."""
-        raise NotImplementedError(f"{type(self).__name__} does not learn")
 
+    @abstractmethod
     def direction(self, g: Tensor) -> Tensor:
         """Return -H g, a new tensor; before the first pair, -g at most 1 long."""
-        raise NotImplementedError(f"{type(self).__name__} has no direction")
 
 
 def first_direction(g: Tensor) -> Tensor:

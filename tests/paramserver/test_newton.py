@@ -16,7 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from paramserver.errors import CurvatureError, LayoutError
-from paramserver.optimizers.newton import Newton, NewtonCG, SaddleFreeNewton, newton_step
+from paramserver.optimizers.newton import Newton, NewtonCG, SaddleFreeNewton
+from paramserver.optimizers.newton_steps import newton_step
 from paramserver.rounds import Answer, Ask, Runner, Sum, minimise
 from tests.support.programs import (
     Answers,

@@ -32,6 +32,7 @@ from paramserver.recount import recount
 from paramserver.schedules import CosineOnce
 from tests.support.gate import once_at, slowed
 from tests.support.processes import kill_and_wait, titled
+from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
 from workers.task import Data, Task, TensorExamples, build_model, evaluate
 from workers.tasks import task
@@ -85,20 +86,16 @@ def test_a_quadratic_reaches_its_optimum(tmp_path: Path, shards: int, rule: Any)
     assert result.record["updates"] == 1500
 
 
-RATES = {
-    "sgd": 0.3, "momentum": 0.02, "nesterov": 0.02, "adagrad": 0.3,
-    "adadelta": 1.0, "adam": 0.02, "adamw": 0.02, "rmsprop": 0.01,
-}  # fmt: skip
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("name", sorted(RATES))
 def test_every_rule_approaches_the_optimum(tmp_path: Path, name: str, shards: int) -> None:
-    decay = {"weight_decay": 0.0} if name == "adamw" else {}
-    optimizer = OPTIMIZERS.build({"name": name, "lr": RATES[name], **decay})
+    optimizer = at_its_rate(name)
     run = quadratic_run(
-        tmp_path / "run", optimizer, updates=6000, schedule=CosineOnce(updates=6000)
+        tmp_path / "run",
+        optimizer,
+        updates=RATED_UPDATES,
+        schedule=CosineOnce(updates=RATED_UPDATES),
     )
 
     result = run(shards=shards).fit()

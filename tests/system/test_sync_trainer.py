@@ -20,12 +20,13 @@ from paramserver.averaged_state import averaged
 from paramserver.averaging import AllIterates
 from paramserver.checkpoint import load_checkpoint
 from paramserver.errors import CheckpointError, RunFailedError, TaskError
-from paramserver.optimizers import LBFGS, OPTIMIZERS, Adam, Momentum
+from paramserver.optimizers import LBFGS, Adam, Momentum
 from paramserver.record import Result
 from paramserver.schedules import CosineOnce
 from sync.trainer import SyncTrainer
 from tests.support.gate import interrupt, once_at, slowed
 from tests.support.processes import kill_and_wait, titled
+from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
 from workers.task import Batch, Data, Task, TensorExamples, build_model, evaluate
 from workers.tasks import task
@@ -287,22 +288,15 @@ def test_data_that_only_ranks_fail_to_load_is_named(tmp_path: Path) -> None:
         SyncTrainer(far, Adam(), RunConfig(updates=5, out=tmp_path / "run")).fit()
 
 
-RATES = {
-    "sgd": 0.3, "momentum": 0.02, "nesterov": 0.02, "adagrad": 0.3,
-    "adadelta": 1.0, "adam": 0.02, "adamw": 0.02, "rmsprop": 0.01,
-}  # fmt: skip
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("name", sorted(RATES))
 def test_every_push_rule_approaches_the_optimum(tmp_path: Path, name: str, workers: int) -> None:
-    decay = {"weight_decay": 0.0} if name == "adamw" else {}
-    optimizer = OPTIMIZERS.build({"name": name, "lr": RATES[name], **decay})
+    optimizer = at_its_rate(name)
     config = RunConfig(
         workers=workers,
-        updates=6000,
-        schedule=CosineOnce(updates=6000),
+        updates=RATED_UPDATES,
+        schedule=CosineOnce(updates=RATED_UPDATES),
         evaluate_every_s=0,
         out=tmp_path / "run",
     )

@@ -1,0 +1,95 @@
+"""The process that evaluates consistent snapshots while the workers go on, and its replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from paramserver.errors import ServerTimeoutError
+from workers.actor import EvaluatorActor, Servers
+
+
+class Evaluations:
+    """At most one evaluation at a time; an evaluator that is lost is replaced."""
+
+    def __init__(
+        self,
+        task: Any,
+        seed: int,
+        servers: Servers,
+        *,
+        timeout_s: float,
+        lost: Callable[[str], None],
+    ) -> None:
+        """Describe the process; `start` makes it.
+
+        Args:
+            task: A reference to the task that Ray holds.
+            seed: Of the run.
+            servers: Whose parameters are evaluated.
+            timeout_s: Seconds an answer may take.
+            lost: Counts the loss of a process; it may raise.
+        """
+        self._task, self._seed, self._servers = task, seed, servers
+        self._timeout_s, self._lost = timeout_s, lost
+        self.actor: Any = None
+        """The evaluator; None before `start`."""
+        self._under_way: Any = None  # its evaluate() call
+        self._num_connected = 0
+
+    def start(self) -> None:
+        """Start the process; `connect` once it and the shards are ready."""
+        self.actor = EvaluatorActor.options(num_cpus=0).remote(self._task, self._seed, 1)
+
+    def connect(self) -> None:
+        """Let it read the shards' parameters."""
+        self._num_connected += 1
+        connected = self.actor.connect.remote(self._servers, self._num_connected)
+        self._get(connected, "connecting the evaluator")
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an evaluation was begun and its metrics were not taken yet."""
+        return self._under_way is not None
+
+    def begin(self) -> None:
+        """Have the current version evaluated; `take` brings the metrics."""
+        self._under_way = self.actor.evaluate.remote()
+
+    def take_if_there(self) -> tuple[int, dict[str, float]] | None:
+        """Return the version and metrics of `begin`; None if there are none (yet)."""
+        if self._under_way is None or not ray.wait([self._under_way], timeout=0)[0]:
+            return None
+        return self._take()
+
+    def last(self) -> tuple[int, dict[str, float]]:
+        """Evaluate the current version, however many evaluators it takes."""
+        if self.is_under_way:
+            self._take()  # of an earlier version
+        evaluated = None
+        while evaluated is None:
+            self.begin()
+            evaluated = self._take()
+        return evaluated
+
+    def _take(self) -> tuple[int, dict[str, float]] | None:
+        """Wait for the metrics; None if the evaluator is lost: another is in its place then."""
+        ref, self._under_way = self._under_way, None
+        try:
+            found: tuple[int, dict[str, float]] = self._get(ref, "evaluating")
+        except ray.exceptions.RayActorError:
+            self._lost("the evaluator")
+            self.start()
+            self.connect()
+            return None
+        return found
+
+    def _get(self, ref: Any, doing: str) -> Any:
+        try:
+            return ray.get(ref, timeout=self._timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ServerTimeoutError(0, doing, self._timeout_s) from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None

@@ -1,0 +1,124 @@
+"""What an asynchronous run is made of: a trainer describes it, processes are built from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from paramserver.actor import RoundsConfig, ShardConfig
+from paramserver.checkpoint import Checkpoint, scatter_state
+from paramserver.clipping import Clip
+from paramserver.layout import Layout
+from paramserver.ledger import Ledger
+from paramserver.optimizers import AnyOptimizer
+from paramserver.optimizers.push_form import Place, PushForm
+from paramserver.rounds import RoundProgram
+from paramserver.rules import Damping, RuleSpec
+from paramserver.sequencer import Budget, Progress, Sequencer
+from workers.config import RunConfig
+from workers.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a fleet is to train, and how."""
+
+    task: Task
+    optimizer: AnyOptimizer
+    program: RoundProgram | None
+    """What the optimizer builds, if that is a round program and runs in rounds."""
+    form: PushForm | None
+    """How it is pushed, if it is a round program and does not."""
+    config: RunConfig
+    rule: RuleSpec
+    damping: Damping | None
+    layout: Layout
+    cuts: tuple[range, ...]
+    num_train: int
+    """Training samples."""
+    described: Mapping[str, object]
+    """The optimizer, as the record holds it."""
+    progress: Callable[[Mapping[str, Any]], None] | None
+
+    @property
+    def slot_rows(self) -> int:
+        """Rows of a slot: a push form may have several, and a whole program ask for a matrix."""
+        if self.form is not None:
+            return self.form.num_rows(self.layout.numel)
+        return self.layout.numel if self.program is not None and self.program.whole else 1
+
+    @property
+    def clip_at_worker(self) -> Clip | None:
+        """What workers clip by; None if the averaged gradient is clipped, or nothing."""
+        clip = self.config.clip
+        return None if clip is None or clip.where == "reduced" else clip
+
+    def sequencer(self, start: Checkpoint, ledger: Ledger | None) -> Sequencer:
+        """Return what orders the run from ``start`` on, adding to ``ledger``."""
+        c = self.config
+        samples = None if c.epochs is None else math.ceil(c.epochs * self.num_train)
+        counters: Mapping[str, Any] = start.extra
+        progress = Progress(
+            version=start.version,
+            gradients=int(counters.get("gradients", 0)),
+            samples=int(counters.get("samples", 0)),
+            workers={int(w): dict(table) for w, table in start.workers.items()},
+        )
+        return Sequencer(
+            self.rule.build(c.workers),
+            damping=self.damping,
+            budget=Budget(updates=None if self.program else c.updates, samples=samples),
+            on_nan="pass" if self.program else c.on_nan,
+            wait_timeout_s=c.wait_timeout_s,
+            progress=progress,
+            ledger=ledger,
+            expected=c.workers,
+        )
+
+    def shard(self, index: int, address: str, token: str, start: Checkpoint) -> ShardConfig:
+        """Return what shard ``index`` is made of, which listens at ``address``."""
+        cut, state, config = self.cuts[index], start.state, self.config
+        return ShardConfig(
+            index=index,
+            address=address,
+            capacity=self._capacity,
+            token=token,
+            fingerprint=self.layout.fingerprint,
+            optimizer=self._built_at(cut),
+            slot_rows=self.slot_rows,
+            schedule=config.schedule,
+            clip=None if config.clip == self.clip_at_worker else config.clip,
+            average=config.average,
+            version=start.version,
+            rule_state=None if state is None else scatter_state(state, cut),
+            schedule_state=None if state is None else state.schedule,
+            rounds=self._rounds(cut, start),
+        )
+
+    @property
+    def _capacity(self) -> int:
+        """Buffers of a shard: for workers, a replacement, the evaluator, and one to write.
+
+        A request of a round program may show two vectors.
+        """
+        needed = self.config.workers + 3
+        return needed if self.program is None else 2 * needed
+
+    def _built_at(self, cut: range) -> AnyOptimizer:
+        """Return what the shard of ``cut`` builds its rule or program from."""
+        if self.form is None:
+            return self.optimizer
+        return replace(self.form, place=Place(cut, self.layout.numel, self.config.workers))
+
+    def _rounds(self, cut: range, start: Checkpoint) -> RoundsConfig | None:
+        if self.program is None:
+            return None
+        return RoundsConfig(
+            cut=cut,
+            num_examples=self.num_train,
+            num_workers=self.config.workers,
+            finished=int(start.extra.get("rounds", 0)),
+            last=self.config.updates,
+        )
