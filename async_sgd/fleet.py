@@ -12,16 +12,14 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import ray
-import torch
 
 from async_sgd.evaluations import Evaluations
 from async_sgd.plan import Plan
 from paramserver.actor import ShardActor
-from paramserver.checkpoint import Checkpoint, gather_state
+from paramserver.checkpoint import Checkpoint
 from paramserver.errors import (
     ParamServerError,
     ResourceError,
@@ -263,24 +261,7 @@ class Fleet:
         timeout_s = self._config.call_timeout_s
         others = [s.saved.remote(saved.version, timeout_s) for s in self._shards[1:]]
         parts: list[Saved] = [saved, *self._get(others, "saving")]
-        state = gather_state(
-            [(cut, part.rule) for cut, part in zip(self._cuts, parts, strict=True)]
-        )
-        checkpoint = Checkpoint(
-            layout=self._layout,
-            version=saved.version,
-            params=torch.cat([part.params for part in parts]),
-            optimizer=dict(self._plan.described),
-            state=replace(state, schedule=saved.scheduler),
-            workers={str(w): table for w, table in progress.workers.items()},
-            extra={
-                "mode": "async",
-                "gradients": progress.gradients,
-                "samples": progress.samples,
-                "rounds": saved.rounds,
-            },
-        )
-        self._run.save(checkpoint, ledger)
+        self._run.save(self._plan.checkpoint(parts, progress), ledger)
 
     def _stop(self, reason: str) -> None:
         self._get([self._shards[0].stop.remote(reason)], "stopping")
@@ -309,7 +290,7 @@ class Fleet:
     def _summary(self) -> dict[str, Any]:
         summary: dict[str, Any]
         (summary,) = self._get([self._shards[0].summary.remote()], "reading the ledger")
-        return summary
+        return {**summary, "threads": self._threads}
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Write the record of a run that broke, as far as it can be had, and raise why."""

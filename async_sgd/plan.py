@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paramserver.actor import RoundsConfig, ShardConfig
-from paramserver.checkpoint import Checkpoint, scatter_state
+import torch
+
+from paramserver.checkpoint import Checkpoint, gather_state, scatter_state
 from paramserver.clipping import Clip
+from paramserver.compensation import Compensation
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
 from paramserver.optimizers import AnyOptimizer
@@ -17,6 +19,8 @@ from paramserver.optimizers.push_form import Place, PushForm
 from paramserver.rounds import RoundProgram
 from paramserver.rules import Damping, RuleSpec
 from paramserver.sequencer import Budget, Progress, Sequencer
+from paramserver.shard import Saved
+from paramserver.shard_config import RoundsConfig, ShardConfig
 from workers.config import RunConfig
 from workers.task import Task
 
@@ -34,6 +38,7 @@ class Plan:
     config: RunConfig
     rule: RuleSpec
     damping: Damping | None
+    compensation: Compensation | None
     layout: Layout
     cuts: tuple[range, ...]
     num_train: int
@@ -55,8 +60,11 @@ class Plan:
         clip = self.config.clip
         return None if clip is None or clip.where == "reduced" else clip
 
-    def sequencer(self, start: Checkpoint, ledger: Ledger | None) -> Sequencer:
-        """Return what orders the run from ``start`` on, adding to ``ledger``."""
+    def sequencer(self, start: Checkpoint, ledger: Ledger | None, *, absent: int = 0) -> Sequencer:
+        """Return what orders the run from ``start`` on, adding to ``ledger``.
+
+        ``absent`` of the workers do not take part at first.
+        """
         c = self.config
         samples = None if c.epochs is None else math.ceil(c.epochs * self.num_train)
         counters: Mapping[str, Any] = start.extra
@@ -74,7 +82,7 @@ class Plan:
             wait_timeout_s=c.wait_timeout_s,
             progress=progress,
             ledger=ledger,
-            expected=c.workers,
+            expected=c.workers - absent,
         )
 
     def shard(self, index: int, address: str, token: str, start: Checkpoint) -> ShardConfig:
@@ -83,13 +91,14 @@ class Plan:
         return ShardConfig(
             index=index,
             address=address,
-            capacity=self._capacity,
+            capacity=self.capacity,
             token=token,
             fingerprint=self.layout.fingerprint,
             optimizer=self._built_at(cut),
             slot_rows=self.slot_rows,
             schedule=config.schedule,
             clip=None if config.clip == self.clip_at_worker else config.clip,
+            compensation=self.compensation,
             average=config.average,
             version=start.version,
             rule_state=None if state is None else scatter_state(state, cut),
@@ -97,8 +106,27 @@ class Plan:
             rounds=self._rounds(cut, start),
         )
 
+    def checkpoint(self, parts: Sequence[Saved], progress: Progress) -> Checkpoint:
+        """Join what the shards saved at one version, in their order."""
+        both = zip(self.cuts, parts, strict=True)
+        state = gather_state([(cut, part.rule) for cut, part in both])
+        return Checkpoint(
+            layout=self.layout,
+            version=parts[0].version,
+            params=torch.cat([part.params for part in parts]),
+            optimizer=dict(self.described),
+            state=replace(state, schedule=parts[0].scheduler),
+            workers={str(w): table for w, table in progress.workers.items()},
+            extra={
+                "mode": "async",
+                "gradients": progress.gradients,
+                "samples": progress.samples,
+                "rounds": parts[0].rounds,
+            },
+        )
+
     @property
-    def _capacity(self) -> int:
+    def capacity(self) -> int:
         """Buffers of a shard: for workers, a replacement, the evaluator, and one to write.
 
         A request of a round program may show two vectors.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from deploy.flags import Parser, UsageError
 
-_NAMES = ("pushpull", "train", "allreduce")
+_NAMES = ("pushpull", "train", "allreduce", "simulate")
 
 
 def run(argv: Sequence[str]) -> int:

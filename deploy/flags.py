@@ -20,7 +20,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -71,14 +71,31 @@ class Parser(argparse.ArgumentParser):
 class Flags(Generic[T]):
     """Reads objects of one frozen dataclass from a command line and a TOML file."""
 
-    def __init__(self, cls: type[T], plugins: Mapping[object, Registry[Any]]) -> None:
-        """Read ``cls``; an annotation that is in ``plugins`` is read by that registry."""
+    def __init__(
+        self,
+        cls: type[T],
+        plugins: Mapping[object, Registry[Any]],
+        *,
+        without: Collection[str] = (),
+    ) -> None:
+        """Read ``cls``; an annotation that is in ``plugins`` is read by that registry.
+
+        Fields named in ``without`` cannot be given, and keep their defaults.
+        """
         self._cls, self._plugins = cls, plugins
-        self._fields = dataclasses.fields(typing.cast(Any, cls))
+        fields = dataclasses.fields(typing.cast(Any, cls))
+        self._fields = [field for field in fields if field.name not in without]
         self._hints = typing.get_type_hints(cls)
 
-    def parse(self, argv: Sequence[str], parser: Parser) -> T:
+    def parse(
+        self,
+        argv: Sequence[str],
+        parser: Parser,
+        base: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
+    ) -> T:
         """Build the object that ``argv`` and the file in its ``--config`` describe.
+
+        ``base`` returns values for what neither of them says; it is shown what they do say.
 
         Raises:
             UsageError: An unknown flag, key or plug-in, or a value that is refused.
@@ -104,7 +121,7 @@ class Flags(Generic[T]):
         if isinstance(file, Path):
             given = {**self._read_file(file), **given}
         try:
-            return self._cls(**given)
+            return self._cls(**{**base(given), **given})
         except ValueError as error:
             raise UsageError(str(error)) from error
 

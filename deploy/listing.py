@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from async_sgd.compensation import COMPENSATIONS
 from async_sgd.damping import DAMPINGS
+from async_sgd.delays import DELAYS
 from async_sgd.rules import RULES
 from deploy.flags import Parser, UsageError, spell_value
 from paramserver.averaging import AVERAGES
@@ -26,6 +28,8 @@ KINDS: Mapping[str, Registry[Any]] = {
     "optimizers": OPTIMIZERS,
     "rules": RULES,
     "dampings": DAMPINGS,
+    "compensations": COMPENSATIONS,
+    "delays": DELAYS,
     "averages": AVERAGES,
     "schedules": SCHEDULES,
     "clips": CLIPS,

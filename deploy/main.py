@@ -24,6 +24,11 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 _COMMANDS: Mapping[str, tuple[str, str]] = {
     "train": ("deploy.train", "train for real, asynchronously or synchronously"),
+    "simulate": (
+        "deploy.simulate",
+        "train in virtual time, with the delays of your choice",
+    ),
+    "replay": ("deploy.replay", "a run once more from its record, bit for bit, or what if"),
     "list": ("deploy.listing", "the tasks, optimizers, rules, …: names, keys, defaults, sources"),
     "experiment": ("deploy.experiments", "many runs compared: a table, a CSV file and a plot"),
     "report": ("deploy.reporting", "one or several runs as a self-contained page"),

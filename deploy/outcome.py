@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from async_sgd.delays import DELAYS
 from async_sgd.rules import RULES
 from deploy.flags import spell
 from deploy.progress import counts, rate
@@ -34,14 +35,16 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
         rows["optimizer"] = spell(OPTIMIZERS, record["optimizer"])
     if config.get("rule"):
         rows["rule"] = spell(RULES, config["rule"])
-    sizes = (
-        ("workers", "updates") if record.get("mode") == "sync" else ("workers", "shards", "updates")
-    )
+    is_simulated = record.get("mode") == "simulate"
+    if is_simulated and config.get("delay"):
+        rows["delay"] = spell(DELAYS, config["delay"])
+    shards = ("shards",) if record.get("mode") == "async" else ()
+    sizes = ("workers", *shards, "updates")
     rows |= {name: f"{record[name]:,}" for name in sizes if name in record}
     if "gradients_per_s" in record:
         rows["gradients/s"] = rate(record["gradients_per_s"])
     if "seconds" in record:
-        rows["seconds"] = f"{record['seconds']:.1f}"
+        rows["virtual seconds" if is_simulated else "seconds"] = f"{record['seconds']:.1f}"
     if record.get("final"):
         rows["final"] = _metrics(record["final"])
     best = record.get("best")
@@ -58,6 +61,12 @@ def _staleness(record: Mapping[str, Any]) -> dict[str, str]:
     if staleness:
         shown = [f"{k} {staleness[k]:.3g}" for k in ("mean", "p95", "max") if k in staleness]
         rows["staleness"] = ", ".join(shown)
+    like = record.get("like")
+    if like:
+        rows["recorded run"] = (
+            f"{rate(like['gradients_per_s'])} gradients/s; its histogram of staleness is "
+            f"{like['distance']:.3f} away (total variation)"
+        )
     law = record.get("conservation")
     if law:
         holds = f"holds: {law['left']:,} = {law['right']:,}"
@@ -70,7 +79,7 @@ def _ending(record: Mapping[str, Any]) -> dict[str, str]:
     rows = {}
     if "dropped" in record:
         rows["dropped"] = counts(record["dropped"]) if record["dropped"] else "none"
-    if "failures" in record:
+    if "failures" in record and record.get("mode") != "simulate":
         failures = [f"{f['what']} after {f['seconds']:.1f} s" for f in record["failures"]]
         rows["failures"] = ", ".join(failures) or "none"
     if "stopped_because" in record:

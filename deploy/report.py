@@ -110,7 +110,8 @@ def _facts(record: Record) -> dict[str, str]:
     asked = {**record.config, **_result(record)}
     done = {**(record.metrics[-1] if record.metrics else {}), **_result(record)}
     said: dict[str, str] = {}
-    for key in ("mode", "task", "optimizer", "form", "rule", "damping", "workers", "shards"):
+    given = ("mode", "task", "optimizer", "form", "rule", "damping", "compensation")
+    for key in (*given, "workers", "shards"):
         if asked.get(key) is not None:
             said[key] = _value(asked[key])
     for key in ("updates", "gradients", "samples"):
@@ -183,8 +184,17 @@ def _training(record: Record) -> Iterator[str]:
 def _staleness(record: Record) -> Iterator[str]:
     counts = curves.staleness_counts(record)
     if counts:
-        svg = plots.histogram("histogram", [(0, counts)])
-        yield page.figure(svg, "How stale gradients were", "Applied pushes, all workers.")
+        like = _result(record).get("like")
+        shown, legend, note = [(0, counts)], [], "Applied pushes, all workers."
+        if like is not None:
+            recorded = {int(s): n for s, n in like["staleness"]["histogram"].items()}
+            shown, legend = [*shown, (1, recorded)], [("simulated", 0), ("recorded", 1)]
+            note += (
+                f" The recorded run {like['path']} made {like['gradients_per_s']:,.4g} gradients a "
+                f"second; the two histograms are {like['distance']:.3f} apart (total variation)."
+            )
+        svg = plots.histogram("histogram", shown)
+        yield page.figure(svg, "How stale gradients were", note, legend)
     pushes = curves.applied_pushes(record)
     if pushes is None:
         yield page.note(

@@ -8,90 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from paramserver.averaging import Average
-from paramserver.clipping import Clip
 from paramserver.errors import ServerTimeoutError
 from paramserver.ledger import Ledger
 from paramserver.messages import Kind, Message
-from paramserver.optimizers import AnyOptimizer, Optimizer
 from paramserver.round_server import RoundFollower, RoundLeader
 from paramserver.round_shard import RoundShard
-from paramserver.rounds import RoundOptimizer
-from paramserver.schedules import Schedule
 from paramserver.sequencer import Progress, Sequencer
 from paramserver.server import Follower, Leader
 from paramserver.shard import Saved, Shard
+from paramserver.shard_config import ShardConfig
+from paramserver.standing import Standing
 from paramserver.transports.shared_memory import Host
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundsConfig:
-    """What a shard needs beside the rest to run a round program."""
-
-    cut: range
-    """The shard's range of the parameters."""
-
-    num_examples: int
-    """Training samples there are."""
-
-    num_workers: int
-    """Workers that are expected."""
-
-    finished: int = 0
-    """Rounds finished before."""
-
-    last: int | None = None
-    """Round after which the run ends; None if rounds do not end it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardConfig:
-    """What one shard is made of."""
-
-    index: int
-    """Number of the shard; 0 leads."""
-
-    address: str
-    """Where it listens."""
-
-    capacity: int
-    """Snapshot buffers: one a worker and reader, plus one."""
-
-    token: str
-    """The run's secret."""
-
-    fingerprint: str
-    """The layout's."""
-
-    optimizer: AnyOptimizer
-    schedule: Schedule | None = None
-    clip: Clip | None = None
-    average: Average | None = None
-    version: int = 0
-
-    rule_state: dict[str, Any] | None = None
-    """The optimizer's saved ``state_dict``; None starts afresh."""
-
-    schedule_state: dict[str, Any] | None = None
-
-    slot_rows: int = 1
-    """Rows of a slot; more than one for pushes of several and programs that ask for matrices."""
-
-    threads: int = 1
-    """torch threads of the process."""
-
-    rounds: RoundsConfig | None = None
-    """Given if the optimizer is a round program."""
 
 
 class ShardServer:
@@ -103,7 +38,6 @@ class ShardServer:
         self._config = config
         self._params = torch.from_numpy(np.array(params))  # Ray's arrays are read-only views
         self._leader: Leader | None = None
-        self._seen_rows = 0
 
     @cached_property
     def _host(self) -> Host:
@@ -112,37 +46,9 @@ class ShardServer:
 
     @cached_property
     def _shard(self) -> Shard | RoundShard:
-        c = self._config
-        shard = self._make_shard(self._params)
-        if c.rule_state is not None:
-            shard.restore(c.rule_state, c.schedule_state)
+        shard = self._config.build(self._params, self._host.buffers)
         del self._params
         return shard
-
-    def _make_shard(self, params: Tensor) -> Shard | RoundShard:
-        c = self._config
-        if c.rounds is None:
-            return Shard(
-                params,
-                cast(Optimizer, c.optimizer),
-                self._host.buffers,
-                schedule=c.schedule,
-                clip=c.clip,
-                average=c.average,
-                version=c.version,
-                num_rows=c.slot_rows,
-            )
-        return RoundShard(
-            params,
-            cast(RoundOptimizer, c.optimizer),
-            self._host.buffers,
-            cut=c.rounds.cut,
-            num_rows=c.slot_rows,
-            schedule=c.schedule,
-            average=c.average,
-            version=c.version,
-            rounds=c.rounds.finished,
-        )
 
     def follow(self) -> None:
         """Listen, and serve as a follower.
@@ -176,6 +82,7 @@ class ShardServer:
             "fingerprint": c.fingerprint,
         }
         parts = (self._shard, self._host, self._host.send, sequencer)
+        self._standing = Standing(sequencer)
         if c.rounds is None:
             self._leader = Leader(*parts, **common)
         else:
@@ -191,31 +98,9 @@ class ShardServer:
 
     def status(self) -> dict[str, Any]:
         """Return where the run stands and what happened since the last call."""
-        leader = self._leading()
+        self._leading()
         with self._host.lock:
-            s = leader.sequencer
-            new = s.ledger.rows(self._seen_rows)
-            self._seen_rows = len(s.ledger)
-            applied = new[new["dropped"] == 0]
-            recent: dict[str, Any] = {}
-            if len(applied):
-                recent["staleness_mean"] = float(np.mean(applied["staleness"]))
-                recent["staleness_max"] = int(np.max(applied["staleness"]))
-            losses = applied["loss"][~np.isnan(applied["loss"])]  # a product has none
-            if len(losses):
-                recent["loss"] = float(np.mean(losses))
-            return {
-                "updates": self._updates(),
-                "gradients": s.gradients,
-                "samples": s.samples,
-                "seconds": self._host.now(),
-                "live": s.live(),
-                "waiting": {w: (sorted(o), t) for w, (o, t) in s.waiting(self._host.now()).items()},
-                "dropped": s.ledger.drop_reasons(),
-                "ended": s.ended,
-                "error": s.error,
-                **recent,
-            }
+            return {**self._standing.status(self._host.now()), "updates": self._updates()}
 
     def _updates(self) -> int:
         """Updates of the parameters: versions of a push rule, rounds of a program."""
@@ -254,25 +139,9 @@ class ShardServer:
 
     def summary(self) -> dict[str, Any]:
         """Return what a run's record says of the ledger, the rule's bounds and the waits."""
+        self._leading()
         with self._host.lock:
-            s = self._leading().sequencer
-            staleness: dict[str, Any] = s.ledger.staleness.summary()
-            staleness["per_worker"] = {
-                w: {"pushes": f.pushes, "mean": f.mean, "max": f.max}
-                for w, f in s.ledger.staleness.per_worker().items()
-            }
-            return {
-                "staleness": staleness,
-                "dropped": s.ledger.drop_reasons(),
-                "conservation": s.conservation.report(),
-                "invariants": [
-                    {"name": n, "bound": limit, "worst": value}
-                    for n, (value, limit) in s.worst.items()
-                ],
-                "waits": {
-                    k: {"count": w.count, "seconds": w.seconds} for k, w in sorted(s.waits.items())
-                },
-            }
+            return self._standing.summary()
 
     def memory(self) -> dict[str, int]:
         """Return the process's resident bytes, of them shared, and the bytes of one model."""

@@ -1,8 +1,4 @@
-"""An average's state in a checkpoint: beside the optimizer's, under keys that begin ``average.``.
-
-It is cut and joined as the optimizer's own state is (`paramserver.reshard`), so a run goes on with
-its average on any number of shards or ranks.
-"""
+"""An average's state in a checkpoint, beside the optimizer's: keys that begin ``average.``."""
 
 from __future__ import annotations
 
@@ -13,10 +9,11 @@ import torch
 from torch import Tensor
 
 from paramserver.averaging import Average, Averager
+from paramserver.companion_state import has_companion, with_companion, without_companion
 from paramserver.errors import CheckpointError
 from paramserver.reshard import OptimizerState, scatter_state
 
-_PREFIX = "average."
+_NAME = "average"
 
 
 def with_average(rule: Mapping[str, Any], averager: Averager | None) -> dict[str, Any]:
@@ -24,18 +21,12 @@ def with_average(rule: Mapping[str, Any], averager: Averager | None) -> dict[str
 
     Nothing is copied but the dictionaries.
     """
-    if averager is None:
-        return dict(rule)
-    own = {_PREFIX + key: value for key, value in averager.state_dict().items()}
-    return {**rule, "state": {**rule["state"], 0: {**rule["state"].get(0, {}), **own}}}
+    return with_companion(rule, _NAME, {} if averager is None else averager.state_dict())
 
 
 def without_average(rule: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Undo `with_average`: return an optimizer's ``state_dict`` and its averager's, maybe empty."""
-    both = rule["state"].get(0, {})
-    average = {k.removeprefix(_PREFIX): v for k, v in both.items() if k.startswith(_PREFIX)}
-    own = {k: v for k, v in both.items() if not k.startswith(_PREFIX)}
-    return {**rule, "state": {0: own} if own else {}}, average
+    return without_companion(rule, _NAME)
 
 
 def check_average(state: OptimizerState | None, average: Average | None) -> None:
@@ -48,7 +39,7 @@ def check_average(state: OptimizerState | None, average: Average | None) -> None
     """
     if state is None:
         return
-    had = any(key.startswith(_PREFIX) for key in state.tensors)
+    had = has_companion(state, _NAME)
     if had and average is None:
         raise CheckpointError("the run had an average of its iterates: resume with it")
     if average is not None and not had:

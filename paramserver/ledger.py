@@ -8,6 +8,7 @@ the same facts once more, from the rows alone.
 
 from __future__ import annotations
 
+import enum
 import os
 import zipfile
 from dataclasses import dataclass
@@ -40,6 +41,28 @@ COLUMNS = np.dtype(
 )
 """A push's row; `Ledger.append` says what each column holds."""
 
+MOVES = np.dtype(
+    [
+        ("row", np.int64),
+        ("kind", np.int8),
+        ("worker", np.int32),
+        ("incarnation", np.int32),
+        ("time", np.float64),
+    ]
+)
+"""A row of what happened between pushes; `Ledger.move` says what each column holds."""
+
+
+class Move(enum.IntEnum):
+    """What happened between two pushes."""
+
+    JOIN = 0
+    """A worker took part from then on."""
+    LEAVE = 1
+    """It did not any more, dead or done."""
+    RESUME = 2
+    """The run was stopped and went on later; everything that was in flight then is lost."""
+
 
 class Ledger:
     """One row a push, in the order the server decided about them. Not thread-safe."""
@@ -49,6 +72,7 @@ class Ledger:
         self._num_rows = 0
         self._codes: dict[str, int] = {}  # drop reason -> code in the column, 1, 2, …
         self._drops: dict[str, int] = {}  # drop reason -> pushes
+        self._moves: list[tuple[int, int, int, int, float]] = []
         self.staleness = StalenessStats()
         """Staleness of the applied pushes so far."""
 
@@ -106,6 +130,17 @@ class Ledger:
         )  # fmt: skip
         self._num_rows += 1
 
+    def move(self, kind: Move, worker: int, incarnation: int, time: float) -> None:
+        """Note at ``time``, in seconds of the run, what happened after the pushes so far."""
+        self._moves.append((self._num_rows, kind, worker, incarnation, time))
+
+    def moves(self) -> NDArray[np.void]:
+        """Return what happened between pushes, in order, as an array of `MOVES`.
+
+        ``row`` is the number of pushes that came before.
+        """
+        return np.array(self._moves, MOVES)
+
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return a copy of each column, by name."""
         return {name: self._rows[name][: self._num_rows].copy() for name in COLUMNS.names or ()}
@@ -123,12 +158,16 @@ class Ledger:
         return dict(self._drops)
 
     def save(self, path: Path) -> None:
-        """Write the columns and ``reasons`` to the npz file ``path``, all or nothing.
+        """Write the columns, ``reasons`` and ``moves`` to the npz file ``path``, all or nothing.
 
         Raises:
             RecordError: The file cannot be written; one that was there is as it was.
         """
-        arrays: dict[str, Any] = {**self.columns(), "reasons": np.array(self.reasons())}
+        arrays: dict[str, Any] = {
+            **self.columns(),
+            "reasons": np.array(self.reasons()),
+            "moves": self.moves(),
+        }
         written = path.with_name(f"{path.name}.tmp")
         try:
             with written.open("wb") as file:
@@ -151,6 +190,7 @@ class Ledger:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 reasons = [str(reason) for reason in file["reasons"]]
                 columns = {name: file[name] for name in COLUMNS.names or ()}
+                moves = file["moves"].astype(MOVES).tolist()
             rows = np.zeros(len(columns["version"]), COLUMNS)
             for name, column in columns.items():
                 rows[name] = column
@@ -166,6 +206,7 @@ class Ledger:
             ledger.staleness.add(worker, staleness)
         ledger._rows = np.concatenate([rows, ledger._rows])
         ledger._num_rows = len(rows)
+        ledger._moves = moves
         return ledger
 
     def __getstate__(self) -> dict[str, object]:

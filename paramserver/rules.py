@@ -115,8 +115,13 @@ class PieceRule(Rule, Protocol):
 class Damping(Protocol):
     """Scales the step of a stale gradient."""
 
-    def scale(self, staleness: int) -> float:
-        """Return the factor on the step, above 0 and at most 1, for ``staleness`` 0 or more."""
+    def scale(self, staleness: int, workers: int) -> float:
+        """Return the factor on the step: 1 if fresh, above 0, and never rising with staleness.
+
+        Args:
+            staleness: The gradient's, 0 or more.
+            workers: Workers that take part now, the pusher among them.
+        """
 
 
 class RuleSpec(Protocol):

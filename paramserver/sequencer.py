@@ -18,7 +18,7 @@ from paramserver.errors import (
     ProtocolError,
     StragglerTimeoutError,
 )
-from paramserver.ledger import Conservation, Ledger
+from paramserver.ledger import Conservation, Ledger, Move
 from paramserver.messages import Action, Kind, Message
 from paramserver.rules import Damping, Drop, Push, Rule
 
@@ -96,6 +96,8 @@ class Sequencer:
         self.gradients = start.gradients
         self.samples = start.samples
         self.ledger = Ledger() if ledger is None else ledger
+        if ledger is not None:
+            ledger.move(Move.RESUME, -1, 0, 0.0)
         self.conservation = Conservation(start.version)
         self.worst: dict[str, tuple[float, float]] = {}
         """Largest value seen of each of the rule's bounds, and its limit then."""
@@ -106,16 +108,19 @@ class Sequencer:
         """What broke the run, if something did."""
         self.counts = True
         """Whether what is accepted counts as gradients and samples; products do not."""
-        self.rule, self._damping = rule, damping
+        self.rule, self.damping = rule, damping
         self._budget = budget or Budget()
         self._expected = expected
         self._last = -1  # the worker that pushed last
         self._on_nan = on_nan
         self._wait_timeout_s = wait_timeout_s
+        self._waiting: dict[int, None] = {}  # workers that wait, the longest first
         self._workers = {
             w: _Worker(t["incarnation"], t["seq"], t["clock"], live=False)
             for w, t in start.workers.items()
         }
+        self.num_live = 0
+        """How many workers take part."""
         self._end_if_done()
 
     def progress(self) -> Progress:
@@ -134,6 +139,10 @@ class Sequencer:
         """Return the number of the last push of ``worker`` that was decided about."""
         return self._workers[worker].seq
 
+    def incarnation(self, worker: int) -> int:
+        """Return the latest incarnation of ``worker``."""
+        return self._workers[worker].incarnation
+
     def is_live(self, worker: int, incarnation: int) -> bool:
         """Whether this very incarnation of ``worker`` takes part."""
         state = self._workers.get(worker)
@@ -149,9 +158,10 @@ class Sequencer:
 
     def waiting(self, now: float) -> dict[int, tuple[frozenset[int], float]]:
         """Return, for each worker that waits, for whom and for how many seconds."""
+        states = {w: self._workers[w] for w in self._waiting}
         return {
             w: (s.waits_for, now - s.waits_since)
-            for w, s in self._workers.items()
+            for w, s in states.items()
             if s.waits_since is not None
         }
 
@@ -173,13 +183,14 @@ class Sequencer:
             state.incarnation, state.seq, state.live = incarnation, 0, True
         else:
             state = self._workers[worker] = _Worker(incarnation)
+        self.num_live += 1
+        self.ledger.move(Move.JOIN, worker, incarnation, now)
         if self.ended is None:
             self.rule.on_join(worker, state.clock)
-            joined = self.live()
-            if len(joined) >= self._expected:
-                first = self._expected > 0
+            if self.num_live >= self._expected:
+                asking = self.live() if self._expected > 0 else [worker]
                 self._expected = 0
-                orders += self._release(worker, now, joined if first else [worker])
+                orders += self._release(worker, now, asking)
         return orders
 
     def is_duplicate(self, push: Message) -> bool:
@@ -224,8 +235,8 @@ class Sequencer:
             orders = [self._order(Action.DISCARD, m.worker)]
         else:
             scale = verdict.scale
-            if self._damping is not None:
-                scale *= self._damping.scale(push.staleness)
+            if self.damping is not None:
+                scale *= self.damping.scale(push.staleness, self.num_live)
             if self.counts:
                 self.gradients += 1
                 self.samples += push.samples
@@ -241,6 +252,9 @@ class Sequencer:
         if state is None or not state.live:
             return []
         state.live, state.waits_since, state.waits_for = False, None, frozenset()
+        self.num_live -= 1
+        self.ledger.move(Move.LEAVE, worker, state.incarnation, now)
+        self._waiting.pop(worker, None)
         self.conservation.on_abandon(worker, self.version)
         orders = [self._order(Action.LEAVE, worker)]
         if self.rule.on_leave(worker) and self.ended is None:
@@ -329,25 +343,28 @@ class Sequencer:
             self.stop(f"{self.samples} samples")
 
     def _release(self, cause: int, now: float, asking: list[int]) -> list[Message]:
-        """Grant reads to ``asking`` workers and to those that waited, if the rule lets them."""
-        blocked = [w for w, s in self._workers.items() if s.waits_since is not None and s.live]
+        """Grant reads to those that waited and to ``asking`` workers, if the rule lets them."""
         orders: list[Message] = []
         if self.ended is not None:
-            for worker in blocked:
+            for worker in self._waiting:
                 self._workers[worker].waits_since = None
+            self._waiting.clear()
             return orders
-        for worker in [*blocked, *asking]:
+        for worker in [*self._waiting, *asking]:
             state = self._workers[worker]
             others = self.rule.waits_for(worker)
             if others:
                 state.waits_for = others
-                state.waits_since = now if state.waits_since is None else state.waits_since
+                if state.waits_since is None:
+                    state.waits_since = now
+                    self._waiting[worker] = None
                 continue
             if state.waits_since is not None:
                 wait = self.waits.setdefault(f"worker {worker} for worker {cause}", Wait())
                 wait.count += 1
                 wait.seconds += now - state.waits_since
                 state.waits_since, state.waits_for = None, frozenset()
+                del self._waiting[worker]
             self.conservation.on_read(worker, self.version)
             state.read_at = now
             orders.append(self._order(Action.READ, worker, state.seq))

@@ -12,6 +12,9 @@ a free one, which becomes current (copy on write):
     worker 1 pushes: its lease on A ends -> B is leased again -> copy B to A, v10 is written to A
 
 So a version that nobody reads costs no copy, and one buffer a reader plus one is always enough.
+
+A rule may show workers another point than the parameters, and a reader may be shown their average:
+that is written to a free buffer, which its reader has for itself. It still has one buffer.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from paramserver.averaged_state import with_average, without_average
 from paramserver.averaging import Average
 from paramserver.clipping import Clip
+from paramserver.compensation import Compensation, with_compensation, without_compensation
 from paramserver.errors import LayoutError, ProtocolError, ResourceError
 from paramserver.messages import Action, Message
 from paramserver.optimizers import Optimizer
@@ -44,6 +48,7 @@ class Snapshots:
         """Copy ``params`` into the first of ``buffers``, all of shape ``(n,)``."""
         self._buffers = buffers
         self._readers = [0] * len(buffers)
+        self._unused = list(range(len(buffers) - 1, 0, -1))  # neither read nor current
         self._leases: dict[int, int] = {}  # reader -> buffer
         self.current = 0
         buffers[0].copy_(params)
@@ -60,24 +65,29 @@ class Snapshots:
         self._readers[self.current] += 1
         return self.current
 
-    def lease_copy(self, reader: int, params: Tensor) -> int:
-        """Show ``params`` to ``reader`` alone, whose earlier lease ends; return the buffer.
+    def lease_own(self, reader: int) -> int:
+        """Give ``reader`` alone a buffer for the caller to write, end its earlier lease; return it.
 
         Raises:
             ResourceError: Every other buffer is leased; nothing was changed but the lease.
         """
         self.release(reader)
         buffer = self._free()
-        self._buffers[buffer].copy_(params)
         self._leases[reader] = buffer
         self._readers[buffer] += 1
         return buffer
+
+    def leased(self, reader: int) -> Tensor:
+        """Return the buffer that ``reader`` has leased."""
+        return self._buffers[self._leases[reader]]
 
     def release(self, reader: int) -> None:
         """End the lease of ``reader``; it may have none."""
         buffer = self._leases.pop(reader, None)
         if buffer is not None:
             self._readers[buffer] -= 1
+            if self._readers[buffer] == 0 and buffer != self.current:
+                self._unused.append(buffer)
 
     def writable(self) -> Tensor:
         """Return the current parameters in a buffer that nobody reads.
@@ -92,14 +102,13 @@ class Snapshots:
         return self._buffers[self.current]
 
     def _free(self) -> int:
-        """Return a buffer that nobody reads, other than the current one."""
-        for buffer, readers in enumerate(self._readers):
-            if readers == 0 and buffer != self.current:
-                return buffer
-        raise ResourceError(
-            f"all {len(self._buffers)} snapshot buffers are read; a shard made for fewer readers "
-            "cannot take more"
-        )
+        """Take a buffer that nobody reads, other than the current one."""
+        if not self._unused:
+            raise ResourceError(
+                f"all {len(self._buffers)} snapshot buffers are read; a shard made for fewer "
+                "readers cannot take more"
+            )
+        return self._unused.pop()
 
     @property
     def num_leases(self) -> int:
@@ -117,6 +126,13 @@ class Lease(NamedTuple):
     """The buffer of the vector that belongs to it; -1 if there is none."""
 
 
+class _Read(NamedTuple):
+    """What a worker computes its gradient at."""
+
+    params: Tensor
+    version: int
+
+
 @dataclass(slots=True)
 class _Held:
     incarnation: int
@@ -131,7 +147,7 @@ class Saved:
     version: int
     params: Tensor
     rule: dict[str, Any]
-    """The ``state_dict`` of the optimizer; of the averager as well, if there is one."""
+    """The ``state_dict`` of the optimizer; of averager and compensator as well, if there are."""
     scheduler: dict[str, Any] | None
     rounds: int | None = None
     """Rounds a program has finished; None for a push rule."""
@@ -173,9 +189,10 @@ class Held(ABC):
         match order.action:
             case Action.TAKE:
                 self._take(self._taken(order), order)
-            case Action.DISCARD | Action.LEAVE:
-                self._held.pop(order.worker, None)
-                self._release(order.worker)
+            case Action.DISCARD:
+                self._discard(order.worker)
+            case Action.LEAVE:
+                self._leave(order.worker)
             case Action.STEP:
                 self._step_gathered(order.version)
             case Action.READ:
@@ -202,6 +219,15 @@ class Held(ABC):
         # The pusher has finished with what it read: its buffer may be written again.
         self._release(order.worker)
         return held.grad
+
+    def _discard(self, worker: int) -> None:
+        """Forget what ``worker`` has pushed, if anything is held, and what it has read."""
+        self._held.pop(worker, None)
+        self._release(worker)
+
+    def _leave(self, worker: int) -> None:
+        """Forget ``worker``, which takes part no more."""
+        self._discard(worker)
 
     @abstractmethod
     def _take(self, grad: Tensor, order: Message) -> None:
@@ -237,6 +263,7 @@ class Shard(Held):
         *,
         schedule: Schedule | None = None,
         clip: Clip | None = None,
+        compensation: Compensation | None = None,
         average: Average | None = None,
         version: int = 0,
         num_rows: int = 1,
@@ -249,6 +276,7 @@ class Shard(Held):
             buffers: Snapshot buffers, shape ``(n,)`` each: one a reader plus one.
             schedule: Changes the learning rate with every update.
             clip: Applied to each update's gradient before the rule; None if workers clip.
+            compensation: Corrects each gradient when it is taken; only where rows are gradients.
             average: Of the iterates, which readers that do not push then see; None shows the
                 parameters.
             version: Updates that made ``params``.
@@ -260,6 +288,8 @@ class Shard(Held):
         self.rule = optimizer.build([self._param])
         self.scheduler = None if schedule is None else schedule.build(self.rule)
         self._clip = clip
+        self.compensator = None if compensation is None else compensation.build(params)
+        self._reads: dict[int, _Read] = {}  # worker -> what it has read, until it has pushed
         self.averager = None if average is None else average.build(params)
         self._gathered: Tensor | None = None  # sum of weight * scale * gradient
         self._weight = 0.0  # sum of weight * scale
@@ -271,17 +301,49 @@ class Shard(Held):
     def _lease(self, reader: int) -> Lease:
         mean = self.averager.average() if self.averager is not None and reader < 0 else None
         if mean is not None:
-            return Lease(self.snapshots.lease_copy(reader, mean), self.version)
-        return Lease(self.snapshots.lease(reader), self.version)
+            buffer = self.snapshots.lease_own(reader)
+            self.snapshots.leased(reader).copy_(mean)
+        elif self.rule.shows and reader >= 0:
+            buffer = self.snapshots.lease_own(reader)
+            self.rule.show(self.snapshots.leased(reader), reader)
+        else:
+            buffer = self.snapshots.lease(reader)
+        self._reads[reader] = _Read(self.snapshots.leased(reader), self.version)
+        return Lease(buffer, self.version)
 
     def _release(self, reader: int) -> None:
         self.snapshots.release(reader)
+        self._reads.pop(reader, None)
+
+    def _leave(self, worker: int) -> None:
+        super()._leave(worker)
+        self.rule.left(worker)
+
+    def _taken(self, order: Message) -> Tensor:
+        """Return the gradient that ``order`` takes, corrected by what has changed since its read.
+
+        The buffer that was read is released, and stays as it is until the next update is written.
+        """
+        read = self._reads.get(order.worker)
+        grad = super()._taken(order)
+        if self.compensator is not None:
+            assert read is not None, f"worker {order.worker} pushed without having read"
+            self.compensator.correct_(
+                grad,
+                self.snapshots.params,
+                read.params,
+                worker=order.worker,
+                staleness=self.version - read.version,
+                lr=self.rule.param_groups[0]["lr"],
+            )
+        return grad
 
     def _take(self, grad: Tensor, order: Message) -> None:
-        if self._pushed is not None:
-            self._pushed.came_from(order.worker, order.clock, order.samples)
+        self.rule.came_from(order.worker, order.clock, order.samples)
         if order.step and self._gathered_nothing:
-            self._apply(grad, order.loss, order.norm, order.scale, order.version)
+            # The worker has measured the norm; a correction has changed it since.
+            norm = order.norm if self.compensator is None else self._norm_of(grad)
+            self._apply(grad, order.loss, norm, order.scale, order.version)
             return
         weight = float(max(order.samples, 1))
         if self._gathered is None:
@@ -294,18 +356,22 @@ class Shard(Held):
             self._step_gathered(order.version)
 
     def _save(self) -> Saved:
+        rule = with_average(self.rule.state_dict(), self.averager)
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
         return Saved(
             self.version,
             self.snapshots.params.clone(),
-            copy.deepcopy(with_average(self.rule.state_dict(), self.averager)),
+            copy.deepcopy(with_compensation(rule, self.compensator)),
             copy.deepcopy(scheduler),
         )
 
     def restore(self, rule: dict[str, Any], scheduler: dict[str, Any] | None) -> None:
-        """Go on with an optimizer's, an average's and a schedule's saved state."""
+        """Go on with the saved state of the optimizer and of all that is kept beside it."""
         own, average = without_average(rule)
+        own, compensation = without_compensation(own)
         self.rule.load_state_dict(own)
+        if self.compensator is not None:
+            self.compensator.load_state_dict(compensation)
         if self.averager is not None:
             self.averager.load_state_dict(average)
         if self.scheduler is not None and scheduler is not None:
@@ -320,11 +386,14 @@ class Shard(Held):
         mean = self._gathered.div_(self._weight)
         # The mean direction takes the damping's share of the step: for SGD this is the mean of the
         # damped gradients, and Adam, which ignores a gradient's scale, is damped as well.
-        norm = float(torch.linalg.vector_norm(mean)) if self._norm_needed else math.nan
         loss = self._loss / self._full_weight
-        self._apply(mean, loss, norm, self._weight / self._full_weight, version)
+        self._apply(mean, loss, self._norm_of(mean), self._weight / self._full_weight, version)
         mean.zero_()
         self._weight = self._full_weight = self._loss = 0.0
+
+    def _norm_of(self, grad: Tensor) -> float:
+        """Return the norm of ``grad`` if it is needed, else NaN; it must be the whole gradient."""
+        return float(torch.linalg.vector_norm(grad)) if self._norm_needed else math.nan
 
     def _apply(self, grad: Tensor, loss: float, norm: float, scale: float, version: int) -> None:
         self.version = version  # it is the leader's order, whatever the rule makes of it
@@ -336,5 +405,7 @@ class Shard(Held):
             self.rule.apply([grad], scale)
         if self.scheduler is not None:
             self.scheduler.step()
+        if self.compensator is not None:
+            self.compensator.on_update(self._param.data)
         if self.averager is not None:
             self.averager.update(self._param.data)

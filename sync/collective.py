@@ -47,6 +47,7 @@ class Collective(Protocol):
     def params(self) -> Tensor:
         """The parameters, shape ``(numel,)``, equal on all ranks from a `publish` on.
 
+        Under a rule that shows another point it is that one: where gradients are computed.
         Only the own slice is written, and only from an `exchange` to the next `publish`.
         """
 

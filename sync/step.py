@@ -4,7 +4,7 @@
     reduce     g = Σ w_i g_i        mean: w_i = n_i / Σ n_j        sum: w_i = 1
     clip       g to its bound, by the norm of the whole g; that takes one more exchange
     update     θ with g, the optimizer's rule on this rank's slice
-    publish    θ; the next gradients are computed on it
+    publish    θ, or what the rule shows for it; the next gradients are computed on that
     average    θ after this update, on this rank's slice, if the run has an average
 
 "mean" is the gradient of the mean loss over the joined batch: as if one process had read all of it.
@@ -99,11 +99,30 @@ class Stepper:
         """
         self._collective, self._reduce, self._clip = collective, reduce, clip
         cut = collective.cut
-        self._param = nn.Parameter(collective.params[cut.start : cut.stop], requires_grad=False)
+        self._shown = collective.params[cut.start : cut.stop]
+        self._param = nn.Parameter(self._shown, requires_grad=False)
         self.rule: PushRule = optimizer.build([self._param])
+        if self.rule.shows:
+            self._param.data = self._shown.clone()
         self._norm_needed = needs_norm(optimizer) or (clip is not None and clip.norm_needed)
         self.scheduler = None if schedule is None else schedule.build(self.rule)
         self.averager = None if average is None else average.build(self._param.data)
+
+    @property
+    def params(self) -> Tensor:
+        """The parameters of this rank's slice, to be written before `show` only."""
+        return self._param.data
+
+    def show(self) -> None:
+        """Publish the point of the next gradients: the parameters, or what the rule shows."""
+        if self.rule.shows:
+            self.rule.show(self._shown)
+        self._collective.publish()
+
+    def evaluated(self) -> Tensor | None:
+        """Return what is evaluated of this rank's slice, if it is not what `show` has published."""
+        mean = None if self.averager is None else self.averager.average()
+        return self.params if mean is None and self.rule.shows else mean
 
     def saved(self) -> dict[str, Any]:
         """Return a copy of the state of the rule and the average."""
@@ -140,7 +159,7 @@ class Stepper:
         self.rule.apply([grad])
         if self.scheduler is not None:
             self.scheduler.step()
-        self._collective.publish()
+        self.show()
         if self.averager is not None:
             self.averager.update(self._param.data)
         return Outcome(reports, applied=True)

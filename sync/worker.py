@@ -8,7 +8,6 @@ to be saved.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from sync.desk import Desk, Part, Position, Snapshot, Status
 from sync.replicas import check_equal
 from sync.step import Outcome, Reduce, Report, Stepper
 from workers.batches import Batches, seed_step
-from workers.estimate import GradientMode, estimate
+from workers.estimate import Estimator, GradientMode
 from workers.examples import Examples
 from workers.gradients import BoundModel
 from workers.task import Task
@@ -110,14 +109,14 @@ class Trainee:
         )
         self._bound = BoundModel(model, plan.layout, [range(plan.layout.numel)])
         self._bound.read([collective.params])
-        self._compute = estimate(
+        self._compute = Estimator(
             plan.gradient,
             task,
             self._bound,
             [range(plan.layout.numel)],
             [collective.grad],
             seed=plan.seed,
-            worker=collective.rank,
+            clip=plan.clip_own,
         )
         self._batches = Batches(
             len(examples),
@@ -144,12 +143,11 @@ class Trainee:
             rule: The optimizer's state on this rank's slice; None before the first update.
             scheduler: The schedule's state.
         """
-        group, cut = self._collective, self.cut
-        group.exchange(position.clock, ())
-        group.params[cut.start : cut.stop] = params[cut.start : cut.stop]
-        group.publish()
+        self._collective.exchange(position.clock, ())
+        self._stepper.params.copy_(params[self.cut.start : self.cut.stop])
         if rule is not None:
             self._stepper.restore(rule, scheduler)
+        self._stepper.show()
         self._position = position
 
     def train(self, desk: Desk) -> Finished:
@@ -195,18 +193,13 @@ class Trainee:
         seed_step(self._plan.seed, self._collective.rank, clock)
         indices = self._batches.indices(clock)
         batch = self._examples.batch(indices)
-        value, norm = self._compute(batch, clock)
-        bad_layer = -1
-        if not (math.isfinite(norm) and math.isfinite(value)):
-            bad_layer = self._names.index(self._bound.nonfinite_layer() or "loss")
-        elif self._plan.clip_own is not None:
-            self._plan.clip_own.apply_(self._collective.grad, norm)
+        done = self._compute(batch, self._collective.rank, clock)
         return Report(
             samples=len(indices),
-            loss=value,
-            norm=norm,
+            loss=done.loss,
+            norm=done.norm,
             seconds=time.perf_counter() - start,
-            bad_layer=bad_layer,
+            bad_layer=self._names.index(done.layer) if done.layer else -1,
             stop=desk.stop,
             save=desk.save,
             show=desk.show.is_set(),
@@ -236,15 +229,14 @@ class Trainee:
 
     def _show(self, desk: Desk, is_wanted: bool) -> None:
         """Bring the average of the parameters together where a rank wants them, or themselves."""
-        group, averager = self._collective, self._stepper.averager
-        mean = None if averager is None else averager.average()
-        if mean is not None:
+        group, apart = self._collective, self._stepper.evaluated()
+        if apart is not None:
             group.exchange(self._position.clock, ())
-            group.vector[self.cut.start : self.cut.stop] = mean
+            group.vector[self.cut.start : self.cut.stop] = apart
             group.publish(vector=True)
         if is_wanted:
             desk.show.clear()
-            shown = group.params if mean is None else group.vector
+            shown = group.params if apart is None else group.vector
             desk.lay(Snapshot(self._position.version, shown.clone()))
 
     def _part(self, number: int = 0) -> Part:
@@ -255,7 +247,7 @@ class Trainee:
             number,
             self._position,
             cut,
-            self._collective.params[cut.start : cut.stop].clone(),
+            self._stepper.params.clone(),
             self._stepper.saved(),
             None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
         )

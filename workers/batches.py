@@ -11,11 +11,13 @@ alone: a worker that takes over at any clock reads what the lost one would have 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _PARTITION, _PASS = range(2)
@@ -43,8 +45,8 @@ class Batches:
                 f"worker {worker} of {num_workers} would own no sample of {num_examples}: "
                 "use fewer workers or more data"
             )
-        everything = _generator(seed, _PARTITION).permutation(num_examples)
-        self.part = torch.from_numpy(everything[worker::num_workers].astype(np.int64))
+        everything = _partition(seed, num_examples)
+        self.part = torch.from_numpy(everything[worker::num_workers].copy())
         """Indices this worker owns, int64; together the workers' parts are every sample once."""
         self.batch_size = batch_size
         self._seed, self._worker = seed, worker
@@ -93,6 +95,12 @@ def step_seed(seed: int, worker: int, clock: int) -> int:
         raise ValueError(f"seed must be 0 or more, got {seed}")
     key = struct.pack("<qqq", seed, worker, clock)
     return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"step").digest()) >> 1
+
+
+@functools.lru_cache(maxsize=1)  # thousands of simulated workers share it
+def _partition(seed: int, num_examples: int) -> NDArray[np.int64]:
+    """Return the order whose every ``num_workers``-th sample one worker owns."""
+    return _generator(seed, _PARTITION).permutation(num_examples).astype(np.int64)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from paramserver.clipping import Clip
 from workers.examples import Batch
 from workers.forward import ForwardGradient
 from workers.gradients import BoundModel
@@ -14,47 +17,75 @@ from workers.task import Task, user_code
 
 GradientMode: TypeAlias = Literal["reverse", "forward", "random"]
 
-Estimate: TypeAlias = Callable[[Batch, int], tuple[float, float]]
-"""Takes a batch and the clock; writes the gradient into the slots, and returns the loss and the
-gradient's 2-norm. Torch was seeded for the step with `workers.batches.seed_step`."""
+
+@dataclass(frozen=True, slots=True)
+class Estimated:
+    """A gradient that is in the slots, ready to be pushed."""
+
+    loss: float
+    norm: float
+    """2-norm before it was clipped; NaN if the gradient or the loss is not finite."""
+    layer: str = ""
+    """The first parameter whose gradient is not finite, ``loss`` if only the loss is not."""
 
 
-def estimate(
-    mode: GradientMode,
-    task: Task,
-    bound: BoundModel,
-    cuts: Sequence[range],
-    slots: Sequence[Tensor],
-    *,
-    seed: int,
-    worker: int,
-) -> Estimate:
-    """Make a loop's way to its gradients.
+class Estimator:
+    """Computes gradients into slots, and clips them."""
 
-    Args:
-        mode: Which.
-        task: Gives the loss.
-        bound: The model whose parameters the gradient is taken at.
-        cuts: The shards' ranges.
-        slots: Where gradients go, one vector a shard.
-        seed: Of the run.
-        worker: Number of the worker or rank.
+    def __init__(
+        self,
+        mode: GradientMode,
+        task: Task,
+        bound: BoundModel,
+        cuts: Sequence[range],
+        slots: Sequence[Tensor],
+        *,
+        seed: int,
+        clip: Clip | None = None,
+    ) -> None:
+        """Compute gradients of the loss of ``task``.
 
-    Raises:
-        LayoutError: ``mode`` is ``forward`` and the model has too many parameters for it.
-    """
-    if mode != "reverse":
-        forward = ForwardGradient(
-            task, bound.model, bound.layout, cuts, directions=1 if mode == "random" else None
+        Args:
+            mode: How.
+            task: Gives the loss.
+            bound: The model whose parameters the gradient is taken at.
+            cuts: The shards' ranges.
+            slots: Where gradients go, one vector a shard.
+            seed: Of the run.
+            clip: Applied to each gradient.
+
+        Raises:
+            LayoutError: ``mode`` is ``forward`` and the model has too many parameters for it.
+        """
+        self._task, self._bound, self._slots, self._clip = task, bound, slots, clip
+        self._seed = seed
+        self._forward: ForwardGradient | None = None
+        if mode == "reverse":
+            bound.write_gradients_to(slots)
+            return
+        directions = 1 if mode == "random" else None
+        self._forward = ForwardGradient(
+            task, bound.model, bound.layout, cuts, directions=directions
         )
-        forward.write_gradients_to(slots)
-        return lambda batch, clock: forward.gradient(batch, seed=seed, worker=worker, clock=clock)
-    bound.write_gradients_to(slots)
+        self._forward.write_gradients_to(slots)
 
-    def reverse(batch: Batch, clock: int) -> tuple[float, float]:
-        with user_code(f"the loss of task {task.name!r}"):
-            loss = task.loss(bound.model, batch)
-            norm = bound.backward(loss)
+    def __call__(self, batch: Batch, worker: int, clock: int) -> Estimated:
+        """Compute the gradient over ``batch`` into the slots.
+
+        Torch was seeded for the step with `workers.batches.seed_step`.
+        """
+        loss, norm = self._compute(batch, worker, clock)
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            return Estimated(loss, math.nan, self._bound.nonfinite_layer() or "loss")
+        if self._clip is not None:
+            for slot in self._slots:
+                self._clip.apply_(slot, norm)
+        return Estimated(loss, norm)
+
+    def _compute(self, batch: Batch, worker: int, clock: int) -> tuple[float, float]:
+        if self._forward is not None:
+            return self._forward.gradient(batch, seed=self._seed, worker=worker, clock=clock)
+        with user_code(f"the loss of task {self._task.name!r}"):
+            loss = self._task.loss(self._bound.model, batch)
+            norm = self._bound.backward(loss)
         return loss.item(), norm
-
-    return reverse

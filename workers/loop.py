@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from paramserver.client import Client, Ended
 from paramserver.clipping import Clip
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step
-from workers.estimate import GradientMode, estimate
+from workers.estimate import Estimator, GradientMode
 from workers.examples import Batch, Examples
 from workers.gradients import BoundModel
 from workers.task import Task
@@ -60,7 +59,7 @@ def train(
         ParamServerError: What ended the run early, as the server says it.
     """
     bound = BoundModel(model, layout, cuts)
-    compute = estimate(gradient, task, bound, cuts, client.slots, seed=seed, worker=client.worker)
+    compute = Estimator(gradient, task, bound, cuts, client.slots, seed=seed, clip=clip)
     model.train()
 
     def prepare(clock: int) -> Batch:
@@ -72,17 +71,12 @@ def train(
     batch = prepare(client.clock)
     while not isinstance(reading, Ended):
         bound.read(reading.params)
-        value, norm = compute(batch, client.clock)
-        layer = ""
-        if not (math.isfinite(norm) and math.isfinite(value)):
-            layer = bound.nonfinite_layer() or "loss"
-            norm = math.nan
-        elif clip is not None:
-            for slot in client.slots:
-                clip.apply_(slot, norm)
+        done = compute(batch, client.worker, client.clock)
         if before_push is not None:
             before_push(client.clock)
-        client.begin_push(loss=value, norm=norm, samples=batches.batch_size, layer=layer)
+        client.begin_push(
+            loss=done.loss, norm=done.norm, samples=batches.batch_size, layer=done.layer
+        )
         batch = prepare(client.clock + 1)  # while the shard works
         reading = client.end_push()
     return Finished(reading.reason, client.clock)

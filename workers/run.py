@@ -48,8 +48,10 @@ class Run:
         described: Mapping[str, Any],
         folder: RunFolder,
         resumed: Checkpoint | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Keep the run that `described` tells of in ``folder``; see `start`."""
+        self._clock = clock
         self.folder, self.resumed = folder, resumed
         self.started_at: float | None = None
         self.num_failures = 0
@@ -66,9 +68,16 @@ class Run:
 
     @classmethod
     def start(
-        cls, task: Task, config: RunConfig, layout: Layout, described: Mapping[str, Any]
+        cls,
+        task: Task,
+        config: RunConfig,
+        layout: Layout,
+        described: Mapping[str, Any],
+        clock: Callable[[], float] = time.monotonic,
     ) -> Run:
         """Make the run's folder, or open the one that is resumed and load its checkpoint.
+
+        ``clock`` gives the seconds the run is timed in.
 
         Raises:
             RecordError: The folder cannot be used.
@@ -78,9 +87,9 @@ class Run:
             folder = RunFolder.reopen(config.resume)
             resumed = load_checkpoint(folder.checkpoint, layout)
             folder.rewind(resumed.version)
-            return cls(task, config, described, folder, resumed)
+            return cls(task, config, described, folder, resumed, clock)
         folder = RunFolder.create(config.out, f"{task.name}-{described['mode']}")
-        run = cls(task, config, described, folder, None)
+        run = cls(task, config, described, folder, None, clock)
         folder.write_config(run.configuration())
         return run
 
@@ -88,18 +97,19 @@ class Run:
         """Return everything the run was asked for."""
         config = {name: getattr(self._config, name) for name in self._config.__dataclass_fields__}
         plain = {name: _plain(name, value) for name, value in config.items()}
-        return {"task": self._task.name, **plain, **self._described}
+        task = self._task.described or self._task.name
+        return {"task": task, **plain, **self._described}
 
     def started(self) -> None:
         """Start the clock: the workers go."""
-        self.started_at = time.monotonic()
+        self.started_at = self._clock()
         self._last_checkpoint = self._last_line = self.started_at
         self._last_evaluation = self.started_at
 
     @property
     def seconds(self) -> float:
         """Seconds of training so far, those before a resume included."""
-        since = 0.0 if self.started_at is None else time.monotonic() - self.started_at
+        since = 0.0 if self.started_at is None else self._clock() - self.started_at
         return self._seconds_before + since
 
     def evaluation_is_due(self) -> bool:
@@ -134,7 +144,7 @@ class Run:
         self, status: Mapping[str, Any], progress: Callable[[Mapping[str, Any]], None] | None
     ) -> None:
         """Show where the run stands, and write a line of it once a second."""
-        now = time.monotonic()
+        now = self._clock()
         updates, before = self._counts
         rate = (status["updates"] - updates) / max(now - before, 1e-9) if before else 0.0
         figures = {
@@ -216,7 +226,7 @@ class Run:
         }
 
     def _is_due(self, last: str, every_s: float) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         if every_s == 0 or now - getattr(self, last) < every_s:
             return False
         setattr(self, last, now)

@@ -21,7 +21,7 @@ Tasks travel to workers with cloudpickle, so lambdas and local functions are wel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -81,6 +81,9 @@ class Task:
     tensor. The loss must be the negative logarithm of that distribution's density, up to a
     constant. The Fisher matrix's diagonal takes it; nothing else does.
     """
+
+    described: Mapping[str, object] | None = None
+    """The name and keys it was made from, ``{"name": …, key: value, …}``, for the record."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

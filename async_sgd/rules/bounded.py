@@ -3,7 +3,7 @@
 Nobody waits. A push with ``staleness <= limit`` is applied in full. An older one is
 
 - dropped (``action="drop"``), so no update is ever made from a gradient staler than ``limit``.
-  ``limit = R - 1`` is the threshold ``R`` of Ringmaster ASGD, without its early cancellation.
+  ``limit = R - 1`` is the threshold ``R`` of Ringmaster ASGD: `async_sgd.rules.ringmaster`.
 - damped (``action="damp"``): its step is scaled by ``(limit + 1) / (staleness + 1)``, the step size
   of Mishchenko et al. with ``limit + 1`` in the place of their number of workers.
 
@@ -13,8 +13,7 @@ that is read latest is never stale.
 
 Sources: Mishchenko et al., "Asynchronous SGD Beats Minibatch SGD Under Arbitrary Delays", NeurIPS
 2022, arXiv:2206.07638 (damp). Koloskova et al., "Sharper Convergence Guarantees for Asynchronous
-SGD", NeurIPS 2022, arXiv:2206.08307, and Maranjyan et al., "Ringmaster ASGD", 2025,
-arXiv:2501.16168 (drop).
+SGD", NeurIPS 2022, arXiv:2206.08307 (drop).
 """
 
 from __future__ import annotations
@@ -45,16 +44,17 @@ class BoundedStaleness:
 
     def build(self, num_workers: int) -> Rule:
         """Make the state machine; it works with any number of workers."""
-        return BoundedStalenessRule(self.limit, self.action)
+        return BoundedStalenessRule("bounded", self.limit, self.action)
 
 
 class BoundedStalenessRule:
     """Judges each push by its own staleness alone; a `paramserver.rules.Rule`."""
 
-    name = "bounded"
     gathers = False
 
-    def __init__(self, limit: int, action: Action) -> None:
+    def __init__(self, name: str, limit: int, action: Action) -> None:
+        """Take what is at most ``limit`` stale; errors and records call the rule ``name``."""
+        self.name = name
         self._limit = limit
         self._action = action
 

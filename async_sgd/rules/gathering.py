@@ -1,4 +1,4 @@
-"""Rules that average several gradients into one update: BSP, K of N, n-softsync.
+"""Rules that average several gradients into one update: BSP, K of N, n-softsync, and kin.
 
 One question each tells them apart: how many gradients make an update, must all of them be computed
 on the current version, and does a worker whose gradient was taken wait until the update is applied?
@@ -10,6 +10,10 @@ on the current version, and does a worker whose gradient was taken wait until th
     k-of-n, async           the first K                 no                    yes
     k-of-n, batch-async     the first K                 no                    no
     softsync                the first floor(M / n)      no                    no
+    rennala                 the first S                 yes                   no
+    fedbuff                 the first K, damped         no                    no
+
+The last two are specified in files of their own, `async_sgd.rules.rennala` and `.fedbuff`.
 
 Where only the current version counts, a gradient of an older one is dropped as ``late``: these are
 the backup workers of Chen et al. Its worker reads the new version and goes on. With K = 2 of 3:
@@ -40,7 +44,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from paramserver.rules import Accept, Bound, Drop, Push, Rule, Verdict
+from async_sgd.damping import NoDamping
+from paramserver.rules import Accept, Bound, Damping, Drop, Push, Rule, Verdict
 
 Mode = Literal["sync", "batch-sync", "async", "batch-async"]
 
@@ -119,7 +124,13 @@ class Gathering:
     gathers = True
 
     def __init__(
-        self, name: str, *, needed: int | None, current_only: bool, taken_wait: bool
+        self,
+        name: str,
+        *,
+        needed: int | None,
+        current_only: bool,
+        taken_wait: bool,
+        damping: Damping | None = None,
     ) -> None:
         """Start with no members.
 
@@ -128,12 +139,14 @@ class Gathering:
             needed: Gradients that complete an update; None: one of every live worker.
             current_only: Whether gradients of older versions are dropped.
             taken_wait: Whether a worker whose gradient was taken waits for the update.
+            damping: Scales each gradient in the mean by its staleness, as part of the rule.
         """
         assert needed is not None or taken_wait, "without a count, workers must wait for each other"
         self.name = name
         self._needed = needed
         self._current_only = current_only
         self._taken_wait = taken_wait
+        self._damping = damping or NoDamping()
         self._gathered = 0  # gradients in the update so far
         self._live: frozenset[int] = frozenset()
         self._missing: frozenset[int] = frozenset()  # live, and not in the update so far
@@ -150,7 +163,8 @@ class Gathering:
             return Drop("late")
         self._gathered += 1
         self._missing -= {push.worker}
-        return Accept(step=self._close_if_complete())
+        scale = self._damping.scale(push.staleness, len(self._live))
+        return Accept(scale, step=self._close_if_complete())
 
     def on_leave(self, worker: int) -> bool:
         """Miss ``worker`` no more; the update may be complete without it."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from deploy.bench import allreduce, pushpull, train
+from deploy.bench import allreduce, pushpull, simulate, train
 from deploy.bench.figures import Report
 
 __all__ = ["run"]
 
 
 def run(
-    name: Literal["pushpull", "train", "allreduce"], *, json: bool, peers: bool, quick: bool
+    name: Literal["pushpull", "train", "allreduce", "simulate"],
+    *,
+    json: bool,
+    peers: bool,
+    quick: bool,
 ) -> int:
     """Run one benchmark and print its figures.
 
@@ -37,6 +41,8 @@ def run(
             train.run(report, peers=peers, quick=quick)
         case "allreduce":
             allreduce.run(report, peers=peers, quick=quick)
+        case "simulate":
+            simulate.run(report, quick=quick)
         case _:
-            raise ValueError(f"name must be pushpull, train or allreduce, got {name!r}")
+            raise ValueError(f"name must be pushpull, train, allreduce or simulate, got {name!r}")
     return 1 if report.ours_failed else 0

@@ -12,9 +12,10 @@ from typing import Any
 from async_sgd.rules import Asynchronous
 from deploy.bench.processes import STARTUP_S, Processes, ask
 from deploy.bench.work import OPTIMIZER, SEED
-from paramserver.actor import ShardActor, ShardConfig
+from paramserver.actor import ShardActor
 from paramserver.layout import Layout
 from paramserver.sequencer import Sequencer
+from paramserver.shard_config import ShardConfig
 from workers.actor import Servers, WorkerActor
 from workers.config import RunConfig
 from workers.task import Task, build_model

@@ -19,10 +19,11 @@ from deploy.bench.figures import OURS, Report
 from deploy.bench.processes import Processes, ask, ray_for_bench, timed
 from deploy.bench.pushpull_peers import DOCUMENTED, FLAT, PEERS, RPC, MemoryLimit
 from deploy.bench.work import GRADIENT_SEED, OPTIMIZER
-from paramserver.actor import ShardActor, ShardConfig
+from paramserver.actor import ShardActor
 from paramserver.client import Client
 from paramserver.messages import Kind, Message
 from paramserver.sequencer import Sequencer
+from paramserver.shard_config import ShardConfig
 from paramserver.transports.shared_memory import SharedMemoryConnection
 
 Measure = Callable[[int], list[float]]

@@ -29,6 +29,15 @@ from paramserver.optimizers.lbfgs import LBFGS
 from paramserver.optimizers.momentum import SGD, Momentum, Nesterov, SGDRule
 from paramserver.optimizers.natural_gradient import NaturalGradient
 from paramserver.optimizers.newton import Newton, NewtonCG, SaddleFreeNewton
+from paramserver.optimizers.placement import (
+    DANA,
+    DANARule,
+    DANASlim,
+    DelayedNesterov,
+    DelayedNesterovRule,
+    LocalMomentum,
+    LocalMomentumRule,
+)
 from paramserver.optimizers.subgradient import Subgradient, SubgradientRule
 from paramserver.registry import Registry
 from paramserver.rounds import RoundOptimizer
@@ -40,6 +49,7 @@ OPTIMIZERS: Registry[AnyOptimizer] = Registry("optimizer")
 _PUSH = {"kind": "push rule", "asynchronous": "pushes"}
 _ROUNDS = {"kind": "round program", "asynchronous": "rounds"}
 _WHOLE = {"kind": "round program, 1 shard", "asynchronous": "rounds"}
+_APART = {"kind": "push rule", "asynchronous": "pushes, under a rule that averages none"}
 _BOTH = {"asynchronous": "rounds, or pushes under another rule than pieces"}
 
 for _name, _factory, _source, _facts in (
@@ -55,6 +65,30 @@ for _name, _factory, _source, _facts in (
         Nesterov,
         "Nesterov, 1983, in the form of Sutskever et al., ICML 2013",
         {**_PUSH, "memory": "n"},
+    ),
+    (
+        "local-momentum",
+        LocalMomentum,
+        "Hermans & Louppe, 2018, arXiv:1805.08469, eq. 24",
+        {**_APART, "memory": "n a worker"},
+    ),
+    (
+        "dana",
+        DANA,
+        "Hakimi et al., 2019, arXiv:1907.11612 (DANA-Zero)",
+        {**_APART, "memory": "n a worker, and n"},
+    ),
+    (
+        "dana-slim",
+        DANASlim,
+        "Hakimi et al., 2019, arXiv:1907.11612 (DANA-Slim)",
+        {**_APART, "memory": "n a worker"},
+    ),
+    (
+        "delayed-nesterov",
+        DelayedNesterov,
+        "Liu et al., 2024, arXiv:2401.09135",
+        {**_PUSH, "memory": "2 n"},
     ),
     ("adagrad", AdaGrad, "Duchi, Hazan & Singer, JMLR 12, 2011", {**_PUSH, "memory": "n"}),
     ("adadelta", AdaDelta, "Zeiler, arXiv:1212.5701, 2012", {**_PUSH, "memory": "2 n"}),
@@ -137,6 +171,7 @@ for _name, _factory, _source, _facts in (
 
 __all__ = [
     "BFGS",
+    "DANA",
     "LBFGS",
     "OPTIMIZERS",
     "SGD",
@@ -151,7 +186,13 @@ __all__ = [
     "AnyOptimizer",
     "ConjugateGradient",
     "CoordinateDescent",
+    "DANARule",
+    "DANASlim",
+    "DelayedNesterov",
+    "DelayedNesterovRule",
     "KrylovSubspaceDescent",
+    "LocalMomentum",
+    "LocalMomentumRule",
     "Momentum",
     "NaturalGradient",
     "Nesterov",

@@ -32,6 +32,9 @@ class PushRule(LeanOptimizer):
     """Whether an element's update depends on that element alone, so that any cut into shards
     gives the same result."""
 
+    shows: ClassVar[bool] = False
+    """Whether workers compute at what `show` writes; if not, at the parameters."""
+
     _plain_step: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls) -> None:
@@ -41,6 +44,26 @@ class PushRule(LeanOptimizer):
         """
         super().__init_subclass__()
         cls._plain_step = inspect.unwrap(cls.step)
+
+    def came_from(self, worker: int, clock: int, samples: int) -> None:
+        """Hear whose push was taken, which of its pushes it is, and of how many samples.
+
+        `apply` comes next, or after several of these where their mean is applied. Where nobody
+        calls this, every gradient is worker 0's.
+        """
+
+    def left(self, worker: int) -> None:
+        """Hear that ``worker`` takes part no more, dead or done; another may come in its place."""
+
+    def show(self, out: Tensor, worker: int = 0) -> None:
+        """Write what ``worker``, which takes part, computes its next gradient at.
+
+        Called only if the rule `shows`; there is one parameter then, of shape ``(n,)``.
+
+        Args:
+            out: Shape ``(n,)``. Overwritten.
+            worker: Who is to read it.
+        """
 
     def told(self, loss: float, norm: float) -> None:
         """Hear of the gradient that `apply` is called with next; most rules don't care.
@@ -102,6 +125,11 @@ class Optimizer(Protocol):
 def needs_norm(optimizer: object) -> bool:
     """Whether the rule of ``optimizer`` must be told the norm of each gradient it applies."""
     return bool(getattr(optimizer, "norm_needed", False))
+
+
+def is_per_worker(optimizer: object) -> bool:
+    """Whether the rule of ``optimizer`` must know whose each gradient is: a mean is nobody's."""
+    return bool(getattr(optimizer, "per_worker", False))
 
 
 def has_fused_kernel(params: Iterable[Tensor]) -> bool:

@@ -53,7 +53,7 @@ class PushedRule(PushRule, FlatOptimizer):
         self.worker = self.clock = self.samples = 0
 
     def came_from(self, worker: int, clock: int, samples: int) -> None:
-        """Hear whose push `apply` is called with next, which it is, and of how many samples."""
+        """Keep whose push `apply` is called with next, which it is, and of how many samples."""
         self.worker, self.clock, self.samples = worker, clock, samples
 
     def touches(self) -> bool:

@@ -2,7 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from async_sgd.rules import BSP, RULES, SSP, BoundedStaleness, KofN, NSoftsync
+from async_sgd.rules import (
+    BSP,
+    RULES,
+    SSP,
+    BoundedStaleness,
+    FedBuff,
+    KofN,
+    NSoftsync,
+    Rennala,
+    Ringmaster,
+    SyncSwitch,
+)
 from paramserver.errors import PluginError
 from paramserver.rules import Accept, Drop, Push, Rule, RuleSpec, Verdict
 
@@ -17,9 +28,9 @@ def build(spec: RuleSpec, workers: int) -> Rule:
     return rule
 
 
-def push(rule: Rule, worker: int, *, staleness: int = 0) -> Verdict:
+def push(rule: Rule, worker: int, *, staleness: int = 0, version: int = 10) -> Verdict:
     """Push a gradient of that staleness; clocks are the rule's own business."""
-    return rule.on_push(Push(worker, clock=1, read_version=10 - staleness, version=10))
+    return rule.on_push(Push(worker, clock=1, read_version=version - staleness, version=version))
 
 
 def test_ssp_lets_a_worker_run_ahead_and_no_further() -> None:
@@ -239,9 +250,159 @@ def test_bounded_staleness_damps_what_is_over_the_limit() -> None:
     assert push(rule, 0, staleness=5) == Accept(scale=0.5)
 
 
+def test_ringmaster_drops_what_has_reached_the_threshold() -> None:
+    rule = build(Ringmaster(limit=2), 1)
+
+    assert push(rule, 0, staleness=1) == Accept()
+    assert push(rule, 0, staleness=2) == Drop("stale")
+
+
+def test_rennala_fills_a_batch_with_whoever_is_fast() -> None:
+    rule = build(Rennala(batch=4), 2)
+
+    verdicts = [push(rule, worker) for worker in (0, 0, 1, 0)]
+
+    assert verdicts == [Accept(step=False)] * 3 + [Accept(step=True)]
+    assert rule.waits_for(0) == rule.waits_for(1) == NOBODY
+
+
+def test_rennala_ignores_gradients_of_older_versions() -> None:
+    rule = build(Rennala(batch=2), 2)
+    push(rule, 0)
+
+    assert push(rule, 1, staleness=1) == Drop("late")
+
+    assert push(rule, 0) == Accept(step=True)
+
+
+def test_rennala_keeps_the_size_of_a_batch_when_workers_leave() -> None:
+    rule = build(Rennala(batch=2), 2)
+    push(rule, 0)
+
+    assert not rule.on_leave(0)
+    assert not rule.on_leave(1)
+
+    rule.on_join(2, clock=0)
+    assert push(rule, 2) == Accept(step=True)
+
+
+def test_fedbuff_damps_each_gradient_in_its_buffer() -> None:
+    rule = build(FedBuff(size=3), 3)
+
+    verdicts = [push(rule, worker, staleness=t) for worker, t in ((0, 0), (1, 3), (2, 8))]
+
+    assert verdicts == [
+        Accept(scale=1, step=False),
+        Accept(scale=1 / 2, step=False),
+        Accept(scale=1 / 3, step=True),
+    ]
+
+
+def test_fedbuff_lets_a_worker_into_its_buffer_twice() -> None:
+    rule = build(FedBuff(size=3), 3)
+
+    verdicts = [push(rule, 0) for _ in range(3)]
+
+    assert verdicts == [Accept(step=False), Accept(step=False), Accept(step=True)]
+    assert rule.waits_for(0) == NOBODY
+
+
+def test_sync_switch_lets_all_go_on_with_the_update_it_switches_at() -> None:
+    rule = build(SyncSwitch(after=2), 2)
+    assert push(rule, 0, version=0) == Accept(step=False)
+    assert push(rule, 1, version=0) == Accept(step=True)
+    assert push(rule, 0, version=1) == Accept(step=False)
+    assert rule.waits_for(0) == {1}
+
+    assert push(rule, 1, version=1) == Accept(step=True)
+
+    assert rule.waits_for(0) == rule.waits_for(1) == NOBODY
+    assert push(rule, 0, version=2) == Accept()
+    assert rule.waits_for(0) == NOBODY
+    assert push(rule, 0, version=3) == Accept()
+    assert push(rule, 1, version=4, staleness=2) == Accept()
+
+
+def test_sync_switch_switches_when_a_leave_completes_the_last_update() -> None:
+    rule = build(SyncSwitch(after=1), 3)
+    push(rule, 0, version=0)
+    push(rule, 1, version=0)
+    assert rule.waits_for(0) == {2}
+
+    assert rule.on_leave(2)
+
+    assert rule.waits_for(0) == NOBODY
+    assert push(rule, 0, version=1) == Accept()
+    assert rule.waits_for(0) == NOBODY
+
+
+def test_sync_switch_lets_workers_come_and_go_after_the_switch() -> None:
+    rule = build(SyncSwitch(after=1), 2)
+    push(rule, 0, version=0)
+    push(rule, 1, version=0)
+
+    assert not rule.on_leave(1)
+    rule.on_join(1, clock=1)
+    rule.on_join(2, clock=1)
+
+    assert push(rule, 2, version=1) == Accept()
+    assert [rule.waits_for(worker) for worker in range(3)] == [NOBODY] * 3
+
+
+def test_sync_switch_is_past_its_switch_when_a_resumed_run_is() -> None:
+    rule = build(SyncSwitch(after=5), 2)
+
+    assert push(rule, 0, version=5) == Accept()
+
+    assert rule.waits_for(0) == NOBODY
+    assert not rule.on_leave(1)
+
+
+def test_sync_switch_is_before_its_switch_when_a_resumed_run_is() -> None:
+    rule = build(SyncSwitch(after=6), 2)
+    assert push(rule, 0, version=5) == Accept(step=False)
+    assert rule.waits_for(0) == {1}
+
+    assert rule.on_leave(1)
+
+    assert push(rule, 0, version=6) == Accept()
+    assert rule.waits_for(0) == NOBODY
+
+
+def test_sync_switch_promises_no_staleness_up_to_its_last_update() -> None:
+    rule = build(SyncSwitch(after=1), 1)
+    last, next_one = (Push(0, clock=1, read_version=v, version=v) for v in (0, 1))
+
+    rule.on_push(last)
+
+    assert [(b.name, b.limit) for b in rule.bounds(last)] == [("staleness", 0)]
+    assert rule.bounds(next_one) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "gathers"),
+    [
+        ("ringmaster:limit=1", False),
+        ("rennala:batch=1", True),
+        ("fedbuff", True),
+        ("sync-switch:after=1", True),
+        ("sync-switch:after=0", False),
+    ],
+)
+def test_a_rule_says_before_a_run_whether_it_averages(text: str, gathers: bool) -> None:
+    assert RULES.parse(text).build(4).gathers == gathers
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("ringmaster:limit=0", "limit must be 1 update or more, got 0"),
+        ("ringmaster", "needs limit"),
+        ("rennala:batch=0", "batch must be 1 gradient or more, got 0"),
+        ("rennala", "needs batch"),
+        ("fedbuff:size=0", "size must be 1 gradient or more, got 0"),
+        ("sync-switch:after=-1", "after must be 0 updates or more, got -1"),
+        ("sync-switch", "needs after"),
         ("ssp:bound=-1", "bound must be 0 clocks or more, got -1"),
         ("bounded:limit=-1", "limit must be 0 updates or more, got -1"),
         ("bounded", "needs limit"),

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from async_sgd.rules import BSP, SSP, Asynchronous, BoundedStaleness, KofN, NSoftsync
+from async_sgd.rules import (
+    BSP,
+    SSP,
+    Asynchronous,
+    BoundedStaleness,
+    FedBuff,
+    KofN,
+    NSoftsync,
+    Rennala,
+    Ringmaster,
+    SyncSwitch,
+)
 from paramserver.rules import RuleSpec
 from tests.support.rule_driver import DELAYS, RuleDriver
 
@@ -47,6 +58,111 @@ def test_n_of_n_decides_as_bsp(delay: str) -> None:
 
 
 @pytest.mark.parametrize("delay", DELAYS)
+def test_rennala_decides_as_batch_sync(delay: str) -> None:
+    rennala = RuleDriver(Rennala(batch=6).build(4), workers=4, seconds=DELAYS[delay])
+    batch_sync = RuleDriver(KofN(k=6, mode="batch-sync").build(4), workers=4, seconds=DELAYS[delay])
+
+    np.testing.assert_equal(rennala.run(400), batch_sync.run(400))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_rennala_wastes_almost_half_of_equal_workers(workers: int) -> None:
+    driver = RuleDriver(
+        Rennala(batch=workers).build(workers), workers=workers, seconds=DELAYS["constant"]
+    )
+    cycle = 2 * workers - 1  # times of a gradient: BSP makes an update in each
+
+    columns = driver.run(3 * cycle * workers)
+
+    assert driver.now == 3 * cycle
+    assert driver.version == 3 * workers
+    assert columns["dropped"].sum() == 3 * workers * (workers - 1)
+    assert not columns["dropped"][:workers].any()  # the first update is that of BSP
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+def test_fedbuff_decides_as_batch_async_and_damps(delay: str) -> None:
+    fedbuff = RuleDriver(FedBuff(size=6).build(4), workers=4, seconds=DELAYS[delay])
+    batch_async = RuleDriver(
+        KofN(k=6, mode="batch-async").build(4), workers=4, seconds=DELAYS[delay]
+    )
+
+    damped, plain = fedbuff.run(400), batch_async.run(400)
+
+    factors = damped.pop("scale") / plain.pop("scale")
+    np.testing.assert_allclose(factors, 1 / np.sqrt(1 + plain["staleness"]), rtol=1e-15)
+    np.testing.assert_equal(damped, plain)
+
+
+def test_fedbuff_averages_one_gradient_of_each_of_equal_workers_as_bsp() -> None:
+    fedbuff = RuleDriver(FedBuff(size=4).build(4), workers=4, seconds=DELAYS["constant"])
+    bsp = RuleDriver(BSP().build(4), workers=4, seconds=DELAYS["constant"])
+
+    buffered, in_rounds = fedbuff.run(400), bsp.run(400)
+
+    for name in ("version", "worker", "end"):
+        np.testing.assert_equal(buffered[name], in_rounds[name])
+    # But who pushed before the last of a round went on at once, from the version before.
+    assert buffered["staleness"].tolist() == [0, 0, 0, 0] + [1, 1, 1, 0] * 99
+    np.testing.assert_equal(buffered["scale"][:4], in_rounds["scale"][:4])
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+@pytest.mark.parametrize("threshold", [1, 4])
+def test_ringmaster_decides_as_bounded_by_one_less(threshold: int, delay: str) -> None:
+    ringmaster = RuleDriver(Ringmaster(limit=threshold).build(4), workers=4, seconds=DELAYS[delay])
+    bounded = RuleDriver(
+        BoundedStaleness(limit=threshold - 1).build(4), workers=4, seconds=DELAYS[delay]
+    )
+
+    np.testing.assert_equal(ringmaster.run(400), bounded.run(400))
+
+
+def test_ringmaster_attains_its_bound() -> None:
+    driver = RuleDriver(Ringmaster(limit=6).build(12), workers=12)
+
+    driver.run(1000)
+
+    assert driver.worst == driver.limits == {"staleness": 5}
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+@pytest.mark.parametrize(("after", "same"), [(0, Asynchronous()), (10**9, BSP())], ids=str)
+def test_sync_switch_at_either_end_decides_as_its_halves(
+    after: int, same: RuleSpec, delay: str
+) -> None:
+    for crash_rate in (0.0, 0.1):
+        switch, half = (
+            RuleDriver(
+                spec.build(4), workers=4, seconds=DELAYS[delay], seed=3, crash_rate=crash_rate
+            )
+            for spec in (SyncSwitch(after=after), same)
+        )
+
+        np.testing.assert_equal(switch.run(400), half.run(400))
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+def test_sync_switch_loses_nothing_at_its_switch(delay: str) -> None:
+    workers, after = 4, 30
+    switch = RuleDriver(
+        SyncSwitch(after=after).build(workers), workers=workers, seconds=DELAYS[delay]
+    )
+    bsp = RuleDriver(BSP().build(workers), workers=workers, seconds=DELAYS[delay])
+
+    columns, in_rounds = switch.run(400), bsp.run(after * workers)
+
+    for name, column in in_rounds.items():
+        np.testing.assert_equal(columns[name][: after * workers], column)
+    free = {name: column[after * workers :] for name, column in columns.items()}
+    assert not free["dropped"].any()
+    assert free["version"].tolist() == list(range(after + 1, switch.version + 1))
+    assert free["read_version"].min() == after
+    in_flight = switch.conservation.report()["in_flight"]
+    assert free["staleness"].sum() == (switch.version - after) * (workers - 1) - in_flight
+
+
+@pytest.mark.parametrize("delay", DELAYS)
 def test_ssp_without_a_bound_decides_as_asp(delay: str) -> None:
     ssp = RuleDriver(SSP(bound=10**9).build(4), workers=4, seconds=DELAYS[delay])
     asp = RuleDriver(Asynchronous().build(4), workers=4, seconds=DELAYS[delay])
@@ -56,7 +172,15 @@ def test_ssp_without_a_bound_decides_as_asp(delay: str) -> None:
 
 @pytest.mark.parametrize("delay", DELAYS)
 @pytest.mark.parametrize(
-    "spec", [Asynchronous(), NSoftsync(n=2), NSoftsync(n=1), KofN(k=3, mode="batch-async")]
+    "spec",
+    [
+        Asynchronous(),
+        NSoftsync(n=2),
+        NSoftsync(n=1),
+        KofN(k=3, mode="batch-async"),
+        FedBuff(size=3),
+        FedBuff(size=15),
+    ],
 )
 def test_staleness_is_conserved_to_the_integer(spec: RuleSpec, delay: str) -> None:
     workers = 10
@@ -68,8 +192,11 @@ def test_staleness_is_conserved_to_the_integer(spec: RuleSpec, delay: str) -> No
     assert columns["staleness"].sum() == driver.version * (workers - 1) - in_flight
 
 
-def test_dropped_staleness_is_conserved_too() -> None:
-    driver = RuleDriver(BoundedStaleness(limit=5).build(12), workers=12)
+@pytest.mark.parametrize(
+    "spec", [BoundedStaleness(limit=5), Ringmaster(limit=6), Rennala(batch=5), Rennala(batch=20)]
+)
+def test_dropped_staleness_is_conserved_too(spec: RuleSpec) -> None:
+    driver = RuleDriver(spec.build(12), workers=12)
 
     columns = driver.run(1000)
 

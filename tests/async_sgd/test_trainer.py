@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from async_sgd.compensation import DCASGD
 from async_sgd.rules import Asynchronous, Pieces
 from async_sgd.trainer import AsyncTrainer
-from paramserver.optimizers import AnyOptimizer, NewtonCG, SaddleFreeNewton
+from paramserver.clipping import ClipNorm
+from paramserver.optimizers import SGD, AnyOptimizer, NewtonCG, SaddleFreeNewton, Subgradient
 from paramserver.rules import RuleSpec
 from workers.config import RunConfig
 from workers.tasks.quadratic import Quadratic
@@ -30,3 +32,34 @@ def test_a_sample_larger_than_the_data_is_refused_before_a_folder_is_made(
         trainer.fit()
 
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "message"),
+    [
+        (NewtonCG(), None, r"^newton-cg is a round program: nothing in a round is stale, or comp"),
+        (
+            SaddleFreeNewton(),
+            Asynchronous(),
+            r"^saddle-free does not push a gradient alone, and a compensation corrects nothing",
+        ),
+    ],
+    ids=["rounds", "pushes"],
+)
+def test_only_gradients_are_compensated(
+    optimizer: AnyOptimizer, rule: RuleSpec | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        AsyncTrainer(Quadratic().build(), optimizer, rule=rule, compensation=DCASGD())
+
+
+def test_the_norm_of_a_compensated_gradient_is_known_to_one_shard_alone() -> None:
+    task, polyak = Quadratic().build(), Subgradient(step="polyak", optimum=0.0)
+    clipped = RunConfig(clip=ClipNorm(max_norm=1.0, where="reduced"))
+
+    AsyncTrainer(task, SGD(), clipped, compensation=DCASGD())
+    AsyncTrainer(task, polyak, compensation=DCASGD())
+    with pytest.raises(ValueError, match=r"^clipping a compensated gradient by its norm needs"):
+        AsyncTrainer(task, SGD(), clipped, compensation=DCASGD(), shards=2)
+    with pytest.raises(ValueError, match=r"^subgradient needs the norm of a compensated gradient"):
+        AsyncTrainer(task, polyak, compensation=DCASGD(), shards=2)

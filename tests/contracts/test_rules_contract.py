@@ -24,6 +24,10 @@ EXAMPLES = {
         "k-of-n:k=6,mode=batch-async",
     ],
     "softsync": ["softsync:n=1", "softsync:n=2", "softsync:n=4"],
+    "ringmaster": ["ringmaster:limit=1", "ringmaster:limit=4"],
+    "rennala": ["rennala:batch=1", "rennala:batch=4", "rennala:batch=6"],
+    "fedbuff": ["fedbuff:size=1", "fedbuff:size=4", "fedbuff:size=6"],
+    "sync-switch": ["sync-switch:after=0", "sync-switch:after=10", "sync-switch:after=1000"],
 }
 """A line for each rule; four workers use them."""
 

@@ -36,7 +36,10 @@ from tests.support.clusters import (
 )
 
 TRANSPORTS = {"memory": MemoryCluster, "shared_memory": SharedMemoryCluster}
-RULES = ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw", "rmsprop")
+RULES = (
+    *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw", "rmsprop"),
+    *("local-momentum", "dana-slim", "delayed-nesterov:every=2"),
+)
 NUMEL = 320  # five blocks: shards of unequal size
 Start = Callable[..., Cluster]
 

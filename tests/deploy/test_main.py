@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from async_sgd.compensation import GapAware
 from async_sgd.damping import DynSGD, NoDamping
 from async_sgd.rules import SSP, BoundedStaleness
 from deploy.listing import KINDS
@@ -132,6 +133,7 @@ def test_without_flags_digits_are_trained_asynchronously_with_two_workers(
 def test_flags_reach_the_asynchronous_trainer(trainers: type[FakeTrainer]) -> None:
     text = (
         "train --workers 4 --optimizer sgd:lr=0.1 --rule ssp:bound=2 --damping dynsgd --shards 3 "
+        "--compensation gap-aware:decay=0.99 "
         "--clip norm:max_norm=1 --schedule multistep:milestones=10/20 --updates 100 --seed 7 "
         "--batch-size 16 --on-nan drop --out here --until accuracy=0.97 --evaluate-every-s 0.5"
     )
@@ -140,7 +142,12 @@ def test_flags_reach_the_asynchronous_trainer(trainers: type[FakeTrainer]) -> No
 
     trainer = made(trainers)
     assert trainer.optimizer == SGD(lr=0.1)
-    assert trainer.options == {"rule": SSP(bound=2), "damping": DynSGD(), "shards": 3}
+    assert trainer.options == {
+        "rule": SSP(bound=2),
+        "damping": DynSGD(),
+        "compensation": GapAware(decay=0.99),
+        "shards": 3,
+    }
     assert trainer.config == RunConfig(
         workers=4,
         clip=ClipNorm(max_norm=1),
@@ -335,11 +342,15 @@ def test_a_users_module_that_does_not_import_shows_where(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "name a command: train, list, experiment, report, bench (see `paramserver --help`)"),
+        (
+            "",
+            "name a command: train, simulate, replay, list, experiment, report, bench "
+            "(see `paramserver --help`)",
+        ),
         (
             "trian",
             "there is no command 'trian'; did you mean train? "
-            "(there are train, list, experiment, report, bench)",
+            "(there are train, simulate, replay, list, experiment, report, bench)",
         ),
         (
             "train --worker 3",
@@ -362,7 +373,8 @@ def test_a_users_module_that_does_not_import_shows_where(
         (
             "train --rule spp",
             "--rule: there is no rule 'spp'; did you mean 'ssp'? "
-            "(there are asp, bounded, bsp, k-of-n, pieces, softsync, ssp)",
+            "(there are asp, bounded, bsp, fedbuff, k-of-n, pieces, rennala, ringmaster, softsync, "
+            "ssp, sync-switch)",
         ),
         (
             "train --rule ssp:slack=1",
@@ -375,7 +387,8 @@ def test_a_users_module_that_does_not_import_shows_where(
         (
             "train --damping inverted",
             "--damping: there is no damping 'inverted'; did you mean 'inverse'? "
-            "(there are dynsgd, inverse, none)",
+            "(there are dynsgd, exponential, hinge, inverse, koloskova, mishchenko, none, "
+            "polynomial)",
         ),
         ("train --schedule step", "--schedule: schedule 'step' needs every"),
         (
@@ -386,6 +399,15 @@ def test_a_users_module_that_does_not_import_shows_where(
             "train --mode sync --damping none",
             "damping is for mode async only, and this run's is sync",
         ),
+        (
+            "train --compensation dcasgd",
+            "--compensation: there is no compensation 'dcasgd'; did you mean 'dc-asgd'? "
+            "(there are adag, dc-asgd, dc-asgd-adaptive, fasgd, gap-aware)",
+        ),
+        (
+            "train --mode sync --compensation adag",
+            "compensation is for mode async only, and this run's is sync",
+        ),
         ("train --mode sync --shards 2", "shards is for mode async only, and this run's is sync"),
         ("train --reduce sum", "reduce is for mode sync only, and this run's is async"),
         ("train --collective gloo", "collective is for mode sync only, and this run's is async"),
@@ -393,10 +415,13 @@ def test_a_users_module_that_does_not_import_shows_where(
         (
             "list rule",
             "there is no list of 'rule'; there are tasks, optimizers, rules, dampings, "
-            "averages, schedules, clips",
+            "compensations, delays, averages, schedules, clips",
         ),
         ("report", "the following arguments are required: DIR"),
-        ("bench speed", "there is no benchmark 'speed'; there are pushpull, train, allreduce"),
+        (
+            "bench speed",
+            "there is no benchmark 'speed'; there are pushpull, train, allreduce, simulate",
+        ),
         (
             "bench train --jsn",
             "there is no flag --jsn; did you mean --json? (see `paramserver bench --help`)",

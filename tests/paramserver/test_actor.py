@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from async_sgd.rules import Pieces
-from paramserver.actor import RoundsConfig, ShardConfig, ShardServer
+from paramserver.actor import ShardServer
 from paramserver.ledger import Ledger
 from paramserver.optimizers import AnyOptimizer
 from paramserver.rounds import Answer, Ask, Round, RoundProgram, Sample, Step, dots
 from paramserver.sequencer import Budget, Progress, Sequencer
+from paramserver.shard_config import RoundsConfig, ShardConfig
 from paramserver.transports.shared_memory import Host
 
 NUMEL = 128

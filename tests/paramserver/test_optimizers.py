@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from paramserver.layout import Layout
 from paramserver.optimizers import (
+    DANA,
     OPTIMIZERS,
     SGD,
     AdaDelta,
@@ -29,6 +30,9 @@ from paramserver.optimizers import (
     AdamRule,
     AdamW,
     AdamWRule,
+    DANASlim,
+    DelayedNesterov,
+    LocalMomentum,
     Momentum,
     Nesterov,
     Optimizer,
@@ -91,6 +95,15 @@ TORCH: list[tuple[Optimizer, type[torch.optim.Optimizer], dict[str, Any]]] = [
         torch.optim.SGD,
         {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
     ),
+    *(
+        # Of one worker that looks at the parameters: DANA's look-ahead is not in a push.
+        (
+            placed(lr=0.1, momentum=0.8, weight_decay=0.1),
+            torch.optim.SGD,
+            {"lr": 0.1, "momentum": 0.8, "nesterov": placed is DANASlim, "weight_decay": 0.1},
+        )
+        for placed in (LocalMomentum, DANA, DANASlim)
+    ),
     (
         AdaGrad(lr=0.1, initial=0.2, eps=1e-3, weight_decay=0.1),
         torch.optim.Adagrad,
@@ -120,7 +133,11 @@ TORCH: list[tuple[Optimizer, type[torch.optim.Optimizer], dict[str, Any]]] = [
     (TorchOptimizer(algorithm="NAdam", lr=0.1), torch.optim.NAdam, {"lr": 0.1}),
     (TorchOptimizer(algorithm="RAdam", lr=0.1), torch.optim.RAdam, {"lr": 0.1}),
 ]
-SPECS = [spec for spec, _, _ in TORCH] + [RMSProp(lr=0.1, eps=1e-3)]
+SPECS = [
+    *(spec for spec, _, _ in TORCH),
+    RMSProp(lr=0.1, eps=1e-3),
+    DelayedNesterov(lr=0.1, momentum=0.8, every=3, weight_decay=0.1),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -215,7 +232,13 @@ def test_three_shards_have_the_bits_of_one_vector(spec: Optimizer) -> None:
     assert torch.equal(found, run_rules(spec.build, start, grads))
 
 
-@pytest.mark.parametrize("spec", [SGD(), Momentum(), Nesterov(), AdaGrad(), Adam(), AdamW()])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(SGD(), Momentum(), Nesterov(), AdaGrad(), Adam(), AdamW()),
+        *(LocalMomentum(), DANA(), DANASlim()),
+    ],
+)
 def test_fused_kernels_are_used_where_torch_has_them(spec: Optimizer) -> None:
     rule = spec.build([nn.Parameter(torch.zeros(64))])
 
@@ -466,7 +489,8 @@ def test_the_registry_names_the_optimizers() -> None:
     assert names == {
         *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw"),
         *("torch", "subgradient", "coordinate", "cg", "bfgs", "lbfgs", "newton", "newton-cg"),
-        *("saddle-free", "ksd", "natural"),
+        *("saddle-free", "ksd", "natural", "local-momentum", "dana", "dana-slim"),
+        "delayed-nesterov",
     }
     assert all({"kind", "asynchronous", "memory"} <= entry.facts.keys() for entry in OPTIMIZERS)
     assert all(entry.source for entry in OPTIMIZERS)
@@ -481,7 +505,13 @@ def test_a_learning_rate_is_above_0(spec: Any, lr: float) -> None:
         spec(lr=lr, **keys)
 
 
-@pytest.mark.parametrize("spec", [SGD, Momentum, Nesterov, AdaGrad, AdaDelta, Adam, AdamW])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(SGD, Momentum, Nesterov, AdaGrad, AdaDelta, Adam, AdamW),
+        *(LocalMomentum, DANA, DANASlim, DelayedNesterov),
+    ],
+)
 def test_weight_decay_is_0_or_more(spec: Any) -> None:
     with pytest.raises(ValueError, match=r"^weight_decay must be 0 or more, got -0\.1$"):
         spec(weight_decay=-0.1)

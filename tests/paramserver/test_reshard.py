@@ -31,7 +31,10 @@ TORCH: dict[str, Make] = {
 }
 OURS: dict[str, Make] = {
     f"our {text}": lambda p, text=text: OPTIMIZERS.parse(text).build(p)  # type: ignore[misc]
-    for text in ("sgd", "momentum", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw")
+    for text in (
+        *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "rmsprop", "adam", "adamw"),
+        *("local-momentum", "dana", "dana-slim", "delayed-nesterov:every=2"),
+    )
 }
 EVERY = TORCH | OURS
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from paramserver.averaging import AllIterates, Average
-from paramserver.clipping import ClipNorm
+from paramserver.clipping import Clip, ClipNorm
+from paramserver.compensation import Compensation, Compensator
 from paramserver.errors import LayoutError, ProtocolError, ResourceError
 from paramserver.messages import Action, Kind, Message
 from paramserver.optimizers import OPTIMIZERS, SGD, Adam, Optimizer, Subgradient
@@ -27,9 +29,18 @@ def shard(
     buffers: int = 4,
     schedule: Schedule | None = None,
     average: Average | None = None,
+    clip: Clip | None = None,
+    compensation: Compensation | None = None,
 ) -> Shard:
-    room = [torch.zeros(N) for _ in range(buffers)]
-    return Shard(vector(0), optimizer or SGD(lr=1.0), room, schedule=schedule, average=average)
+    return Shard(
+        vector(0),
+        optimizer or SGD(lr=1.0),
+        [torch.zeros(N) for _ in range(buffers)],
+        schedule=schedule,
+        average=average,
+        clip=clip,
+        compensation=compensation,
+    )
 
 
 def order(action: Action, worker: int, version: int, **of: float) -> Message:
@@ -208,7 +219,13 @@ def test_the_step_of_adam_is_damped_though_its_gradient_is_not() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["momentum", "nesterov", "adagrad", "adadelta", "adam", "rmsprop"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("momentum", "nesterov", "adagrad", "adadelta", "adam", "rmsprop"),
+        *("local-momentum", "dana", "dana-slim", "delayed-nesterov:every=2"),
+    ],
+)
 def test_a_restored_shard_goes_on_bit_for_bit(name: str) -> None:
     optimizer, schedule = OPTIMIZERS.parse(name), Exponential(gamma=0.9)
     s = shard(optimizer, schedule=schedule)
@@ -323,3 +340,129 @@ def test_a_rule_is_told_those_of_a_gathered_mean() -> None:
     mean = (first + 3 * second) / 4
     step = (4.5 - 1.0) / float(mean.norm()) ** 2
     torch.testing.assert_close(s.snapshots.params, vector(0) - step * mean)
+
+
+class Doubling:
+    """Doubles every gradient, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Tensor, Tensor, int, int, float]] = []
+        self.updates: list[Tensor] = []
+
+    def build(self, params: Tensor) -> Compensator:
+        return self
+
+    def correct_(
+        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: float
+    ) -> None:
+        grad.mul_(2)
+        self.told.append((params.clone(), read.clone(), worker, staleness, lr))
+
+    def on_update(self, params: Tensor) -> None:
+        self.updates.append(params.clone())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def test_a_compensator_sees_what_the_pusher_read_whoever_pushed_meanwhile() -> None:
+    doubling = Doubling()
+    s = shard(compensation=doubling, schedule=Exponential(gamma=0.5))
+    iterates = [vector(0)]
+    read(s, 0)
+    read(s, 1)
+    for version, worker in enumerate([0, 0, 1], start=1):
+        take(s, vector(version), version, worker)
+        read(s, worker)
+        iterates.append(s.snapshots.params.clone())
+
+    told = doubling.told
+    assert [(worker, staleness, lr) for _, _, worker, staleness, lr in told] == [
+        (0, 0, 1.0),
+        (0, 0, 0.5),
+        (1, 2, 0.25),
+    ]
+    for (now, was, _, staleness, _), version in zip(told, range(3), strict=True):
+        assert torch.equal(now, iterates[version])
+        assert torch.equal(was, iterates[version - staleness])
+    torch.testing.assert_close(torch.stack(doubling.updates), torch.stack(iterates[1:]))
+    torch.testing.assert_close(iterates[1], vector(0) - 2 * vector(1))
+
+
+def test_an_update_that_is_compensated_is_still_written_in_place() -> None:
+    s = shard(compensation=Doubling())
+    before = s.snapshots.params.data_ptr()
+    read(s, 0)
+
+    take(s, vector(1), version=1, worker=0)
+
+    assert s.snapshots.params.data_ptr() == before
+
+
+def test_gathered_gradients_are_compensated_one_by_one_and_damped_as_ever() -> None:
+    doubling = Doubling()
+    s = shard(compensation=doubling)
+    read(s, 0)
+    read(s, 1)
+
+    gather(s, [vector(1), vector(2)], [{"samples": 1, "scale": 0.5}, {"samples": 3}])
+
+    mean = (0.5 * 2 * vector(1) + 3 * 2 * vector(2)) / 4
+    torch.testing.assert_close(s.snapshots.params, vector(0) - mean)
+    assert [worker for _, _, worker, _, _ in doubling.told] == [0, 1]
+    assert len(doubling.updates) == 1
+
+
+@pytest.mark.parametrize("num_pushes", [1, 2])
+def test_the_server_clips_what_was_compensated_by_its_own_norm(num_pushes: int) -> None:
+    clip = ClipNorm(max_norm=1.0, where="reduced")
+    s = shard(compensation=Doubling(), clip=clip)
+    grad = 0.6 * vector(1) / vector(1).norm()
+    for worker in range(num_pushes):
+        read(s, worker)
+
+    gather(s, [grad] * num_pushes, [{"norm": 0.6}] * num_pushes)
+
+    torch.testing.assert_close(s.snapshots.params, vector(0) - grad / 0.6)
+
+
+def test_a_rule_is_told_the_norm_of_what_was_compensated() -> None:
+    s = shard(Subgradient(step="polyak", optimum=1.0), compensation=Doubling())
+    read(s, 0)
+
+    take(s, vector(1), 1, loss=3.0, norm=float(vector(1).norm()))
+
+    doubled = 2 * vector(1)
+    step = 2.0 / float(doubled.norm()) ** 2
+    torch.testing.assert_close(s.snapshots.params, vector(0) - step * doubled)
+
+
+@pytest.mark.parametrize("action", [Action.DISCARD, Action.LEAVE])
+def test_a_push_that_is_not_taken_is_not_compensated(action: Action) -> None:
+    doubling = Doubling()
+    s = shard(compensation=doubling)
+    read(s, 0)
+    s.hold(0, 1, 1, vector(1))
+
+    s.execute(order(action, 0, 0))
+
+    assert doubling.told == []
+
+
+def test_who_has_left_is_compensated_from_what_its_successor_read() -> None:
+    doubling = Doubling()
+    s = shard(compensation=doubling)
+    read(s, 0)
+    read(s, 1)
+    take(s, vector(1), 1, worker=1)
+    s.execute(order(Action.LEAVE, 0, 1))
+    read(s, 0)
+
+    take(s, vector(2), 2, worker=0)
+
+    _, was, _, staleness, _ = doubling.told[-1]
+    assert staleness == 0
+    assert torch.equal(was, doubling.updates[0])

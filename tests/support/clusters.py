@@ -14,6 +14,7 @@ from torch import Tensor
 from async_sgd.rules import Asynchronous
 from paramserver.client import Client
 from paramserver.clipping import Clip
+from paramserver.compensation import Compensation
 from paramserver.messages import Kind, Message
 from paramserver.optimizers import SGD, Optimizer
 from paramserver.round_server import RoundFollower, RoundLeader
@@ -54,6 +55,7 @@ class Cluster:
         readers: int = 5,
         schedule: Schedule | None = None,
         clip: Clip | None = None,
+        compensation: Compensation | None = None,
         num_examples: int = 0,
         rounds: int | None = None,
         slot_rows: int = 1,
@@ -64,7 +66,7 @@ class Cluster:
         self.num_examples, self.rounds, self.dtype = num_examples, rounds, params.dtype
         self.slot_rows, self._readers = slot_rows, readers
         self.sequencer = Sequencer(rule or Asynchronous().build(readers), **sequencer)
-        self._optimizer = optimizer or SGD(lr=1.0)
+        self._optimizer, self._compensation = optimizer or SGD(lr=1.0), compensation
         self._capacity = 2 * readers + 2 if num_examples else readers + 1
         self._clients: list[Client] = []
         self._prepare()
@@ -84,7 +86,14 @@ class Cluster:
     ) -> Shard | RoundShard:
         if not self.num_examples:
             optimizer = cast(Optimizer, self._optimizer)
-            return Shard(params, optimizer, buffers, schedule=schedule, clip=clip)
+            return Shard(
+                params,
+                optimizer,
+                buffers,
+                schedule=schedule,
+                clip=clip,
+                compensation=self._compensation,
+            )
         return RoundShard(
             params,
             cast(RoundOptimizer, self._optimizer),

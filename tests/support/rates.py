@@ -10,6 +10,7 @@ RATED_UPDATES = 6000
 RATES = {
     "sgd": 0.3, "momentum": 0.02, "nesterov": 0.02, "adagrad": 0.3,
     "adadelta": 1.0, "adam": 0.02, "adamw": 0.02, "rmsprop": 0.01,
+    "local-momentum": 0.02, "dana": 0.02, "dana-slim": 0.02, "delayed-nesterov": 0.08,
 }  # fmt: skip
 
 

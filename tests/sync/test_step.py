@@ -17,6 +17,9 @@ from paramserver.optimizers import (
     AdaGrad,
     Adam,
     AdamW,
+    DANASlim,
+    DelayedNesterov,
+    LocalMomentum,
     Momentum,
     Nesterov,
     Optimizer,
@@ -43,6 +46,9 @@ OPTIMIZERS: list[Optimizer] = [
     Adam(lr=0.01),
     AdamW(lr=0.01),
     TorchOptimizer(algorithm="NAdam", lr=0.01),
+    LocalMomentum(lr=0.1),
+    DANASlim(lr=0.1),
+    DelayedNesterov(lr=0.1, every=2),
 ]
 
 

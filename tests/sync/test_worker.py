@@ -22,7 +22,7 @@ from paramserver.errors import (
     TaskError,
 )
 from paramserver.layout import Layout
-from paramserver.optimizers import SGD, Adam, Optimizer
+from paramserver.optimizers import DANA, SGD, Adam, Optimizer
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position, Snapshot
 from sync.replicas import fingerprint
@@ -172,6 +172,84 @@ def test_what_was_saved_goes_on_as_if_never_stopped(kind: Kind) -> None:
 
     assert torch.equal(params(resumed), params(straight))
     assert resumed[0].part.position == straight[0].part.position
+
+
+def with_the_gradient_ahead(optimizer: DANA, steps: int, world: int) -> tuple[Tensor, Tensor]:
+    """Train one process on the batches of all ranks; return w and the point it looks ahead to."""
+    model = build_model(TASK, SEED)
+    w, ahead = START.clone(), START.clone()
+    v, slot = torch.zeros_like(START), torch.zeros_like(START)
+    bound = BoundModel(model, LAYOUT, [range(LAYOUT.numel)])
+    bound.read([ahead])
+    bound.write_gradients_to([slot])
+    examples = data().train
+    ranks = [
+        Batches(len(examples), BATCH, seed=SEED, worker=rank, num_workers=world)
+        for rank in range(world)
+    ]
+    for clock in range(steps):
+        indices = torch.cat([batches.indices(clock) for batches in ranks])
+        bound.backward(squares(model, examples.batch(indices)))
+        v.mul_(optimizer.momentum).add_(slot)
+        w.sub_(optimizer.lr * v)
+        ahead.copy_(w - optimizer.lr * optimizer.momentum * v)
+    return w, ahead
+
+
+AHEAD = DANA(lr=0.05, momentum=0.8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [1, 3])
+def test_ranks_compute_where_the_rule_looks_ahead_and_keep_the_parameters(
+    kind: Kind, world: int
+) -> None:
+    seen: dict[int, Tensor] = {}
+
+    def body(collective: Collective) -> Finished:
+        one = trainee(collective, plan(AHEAD))
+        one.load(START)
+        finished = one.train(Desk())
+        seen[collective.rank] = collective.params.clone()
+        return finished
+
+    finished = results(group(kind, LAYOUT, world, body))
+
+    w, ahead = with_the_gradient_ahead(AHEAD, 20, world)
+    torch.testing.assert_close(params(finished), w, rtol=0, atol=1e-6)
+    for rank in range(world):
+        torch.testing.assert_close(seen[rank], ahead, rtol=0, atol=1e-6)
+    assert (w - ahead).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_looks_ahead_goes_on_as_if_never_stopped(kind: Kind) -> None:
+    straight = results(train(plan(AHEAD, updates=13), kind=kind))
+
+    saved = [one.part for one in results(train(plan(AHEAD, updates=6), kind=kind))]
+    resumed = results(train(plan(AHEAD, updates=13), kind=kind, parts=saved))
+
+    assert torch.equal(params(resumed), params(straight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_snapshot_is_of_the_parameters_where_ranks_look_ahead(kind: Kind) -> None:
+    shown: list[Part | Snapshot] = []
+
+    class Watched(Desk):
+        def lay(self, answer: Part | Snapshot) -> None:
+            shown.append(answer)
+
+    desk = Watched()
+    looking = plan(AHEAD, updates=5)
+    came = results(train(looking, kind=kind, desks={0: desk}, task=on_step(3, desk.show.set)))
+
+    (snapshot,) = shown
+    assert isinstance(snapshot, Snapshot)
+    w, _ = with_the_gradient_ahead(AHEAD, snapshot.version, 2)
+    torch.testing.assert_close(snapshot.params, w, rtol=0, atol=1e-6)
+    w, _ = with_the_gradient_ahead(AHEAD, 5, 2)
+    torch.testing.assert_close(params(came), w, rtol=0, atol=1e-6)
 
 
 def on_step(step: int, act: Callable[[], None]) -> Task:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from async_sgd.compensation import COMPENSATIONS, FASGD
 from async_sgd.rules import BSP, SSP
 from async_sgd.trainer import AsyncTrainer
 from paramserver.averaging import AllIterates
@@ -101,6 +102,27 @@ def test_every_rule_approaches_the_optimum(tmp_path: Path, name: str, shards: in
     result = run(shards=shards).fit()
 
     assert result.metrics["distance"] < 1e-2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "lr"),
+    [
+        ("dc-asgd", 0.3),
+        ("dc-asgd-adaptive:strength=0.5", 0.1),
+        ("gap-aware", 0.3),
+        ("adag", 0.3),
+        ("fasgd", 0.002),
+    ],
+)
+def test_a_compensated_quadratic_reaches_its_optimum(tmp_path: Path, name: str, lr: float) -> None:
+    compensation = COMPENSATIONS.parse(name)
+    run = quadratic_run(tmp_path / "run", SGD(lr=lr), updates=3000)
+
+    result = run(shards=3, compensation=compensation).fit()
+
+    assert result.metrics["distance"] < 1e-2
+    assert result.record["config"]["compensation"] == COMPENSATIONS.describe(compensation)
 
 
 def test_a_killed_worker_is_replaced_and_every_push_is_applied_once(tmp_path: Path) -> None:
@@ -251,14 +273,18 @@ def test_more_workers_than_samples_are_refused(tmp_path: Path) -> None:
         AsyncTrainer(few, SGD(lr=0.1), RunConfig(workers=65, updates=1)).fit()
 
 
-def test_one_worker_resumes_bit_for_bit_and_its_average_with_it(tmp_path: Path) -> None:
+def test_one_worker_resumes_bit_for_bit_with_its_average_and_compensation(tmp_path: Path) -> None:
     average = AllIterates(start=150)
 
     def run(name: str, updates: int, **config: Any) -> Result:
         keys = {"workers": 1, "updates": updates, "evaluate_every_s": 0, "average": average}
         keys |= {} if "resume" in config else {"out": tmp_path / name}
         return AsyncTrainer(
-            task("digits"), Adam(lr=1e-3), RunConfig(**keys, **config), shards=2
+            task("digits"),
+            Adam(lr=1e-3),
+            RunConfig(**keys, **config),
+            compensation=FASGD(),
+            shards=2,
         ).fit()
 
     whole = run("whole", 200)

@@ -90,7 +90,11 @@ def plain(task: Task, optimizer: Optimizer, clip_norm: float | None = None) -> T
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(
-    "name", ["sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw", "rmsprop"]
+    "name",
+    [
+        *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw", "rmsprop"),
+        *("local-momentum", "dana-slim", "delayed-nesterov:every=2"),
+    ],
 )
 def test_one_worker_is_ordinary_training_bit_for_bit(name: str, shards: int) -> None:
     optimizer = OPTIMIZERS.parse(name)

@@ -76,7 +76,7 @@ def task(described: Task | TaskSpec | Mapping[str, object] | str) -> Task:
         built: object = spec.build()
     if not isinstance(built, Task):
         raise TaskError(f"task {name} must be a Task, got {type(built).__name__}")
-    return built
+    return dataclasses.replace(built, described=TASKS.describe(spec))
 
 
 def _find(module: str, attribute: str) -> object:

@@ -1,0 +1,277 @@
+"""What an asynchronous run is asked to be, real or simulated: checked first, then made a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from async_sgd.compensation import COMPENSATIONS
+from async_sgd.damping import DAMPINGS
+from async_sgd.plan import Plan
+from async_sgd.rules import RULES
+from async_sgd.rules.asynchronous import Asynchronous
+from async_sgd.rules.pieces import Pieces
+from paramserver.averaged_state import check_average
+from paramserver.averaging import AVERAGES
+from paramserver.checkpoint import Checkpoint
+from paramserver.clipping import CLIPS
+from paramserver.compensation import Compensation, check_compensation
+from paramserver.errors import CheckpointError, RecordError
+from paramserver.layout import Layout
+from paramserver.optimizers import OPTIMIZERS, AnyOptimizer
+from paramserver.optimizers.base import is_per_worker, needs_norm
+from paramserver.optimizers.push_form import PushForm
+from paramserver.registry import Registry
+from paramserver.rounds import RoundOptimizer, build_program, check_size
+from paramserver.rules import Damping, RuleSpec
+from paramserver.schedules import SCHEDULES
+from workers.config import RunConfig
+from workers.programs import check_config, check_samples
+from workers.task import Data, Task, build_data, build_model
+from workers.tasks import task as find_task
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A run that could start now."""
+
+    plan: Plan
+    params: Tensor
+    """Where it starts, unless it is resumed; shape ``(n,)``."""
+    data: Data
+
+    def start(self, resumed: Checkpoint | None, folder: Path) -> Checkpoint:
+        """Return where the run starts: at the beginning, or where the one in ``folder`` stopped.
+
+        Raises:
+            CheckpointError: That one was another run.
+        """
+        described, config = dict(self.plan.described), self.plan.config
+        start = resumed or Checkpoint.fresh(self.plan.layout, self.params, described)
+        if start.optimizer != described:
+            raise CheckpointError(f"{folder} was trained with {start.optimizer}, not {described}")
+        check_average(start.state, config.average)
+        check_compensation(start.state, start.params, self.plan.compensation)
+        return start
+
+
+class Setup:
+    """A combination of task, optimizer, rule and policies that can work."""
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: AnyOptimizer,
+        config: RunConfig,
+        *,
+        rule: RuleSpec | None,
+        damping: Damping | None,
+        compensation: Compensation | None,
+        shards: int,
+    ) -> None:
+        """Check it.
+
+        Raises:
+            ValueError: A combination that cannot work.
+        """
+        self.task, self.optimizer, self.config = task, optimizer, config
+        self.program = build_program(optimizer)
+        self.rule: RuleSpec = rule or (Asynchronous() if self.program is None else Pieces())
+        self.form: PushForm | None = None
+        if self.program is not None and not isinstance(self.rule, Pieces):
+            self.form, self.program = self._push_form(), None
+        self.damping, self.compensation, self.shards = damping, compensation, shards
+        self._check_program()
+        self._check_workers()
+        if shards > 1:
+            self._check_norms()
+
+    @property
+    def optimizer_name(self) -> str:
+        """The name the optimizer is registered under."""
+        return OPTIMIZERS.name_of(self.optimizer)
+
+    def described(self) -> dict[str, object]:
+        """Return what a record says of it, beside the configuration."""
+        damping, compensation = self.damping, self.compensation
+        return {
+            "mode": "async",
+            "optimizer": OPTIMIZERS.describe(self.optimizer),
+            "form": None if self.form is None else "pushes",
+            "rule": RULES.describe(self.rule),
+            "damping": None if damping is None else DAMPINGS.describe(damping),
+            "compensation": None if compensation is None else COMPENSATIONS.describe(compensation),
+            "shards": self.shards,
+        }
+
+    def ready(self, progress: Callable[[Mapping[str, Any]], None] | None) -> Ready:
+        """Build the model and load the data; see that they fit the rest.
+
+        Raises:
+            ValueError: Too few samples.
+            LayoutError: The model has more parameters than a round program can hold.
+            ParamServerError: The task cannot be built.
+        """
+        model = build_model(self.task, self.config.seed)
+        layout = Layout.of(model)
+        if self.program is not None:
+            check_size(cast(RoundOptimizer, self.optimizer), self.program, layout.flatten(model))
+        if self.form is not None and self.form.whole:
+            self.form.build([nn.Parameter(layout.flatten(model), requires_grad=False)])
+        cuts = layout.cuts(self.shards)
+        data = build_data(self.task)
+        num_train = len(data.train)
+        if num_train < self.config.workers:
+            raise ValueError(
+                f"{self.config.workers} workers cannot share {num_train} samples: use fewer"
+            )
+        if self.program is not None or self.form is not None:
+            check_samples(OPTIMIZERS.name_of(self.optimizer), self.optimizer, num_train)
+        if self.form is not None and (self.form.spec.batch or 1) * self.config.workers > num_train:
+            raise ValueError(
+                f"{self.config.workers} workers cannot each push {self.form.spec.batch} of "
+                f"{num_train} samples: use a smaller batch"
+            )
+        described = OPTIMIZERS.describe(self.optimizer)
+        plan = Plan(
+            task=self.task,
+            optimizer=self.optimizer,
+            program=self.program,
+            form=self.form,
+            config=self.config,
+            rule=self.rule,
+            damping=self.damping,
+            compensation=self.compensation,
+            layout=layout,
+            cuts=cuts,
+            num_train=num_train,
+            described=described if self.form is None else {**described, "form": "pushes"},
+            progress=progress,
+        )
+        return Ready(plan, layout.flatten(model), data)
+
+    def _check_workers(self) -> None:
+        """Raise ValueError if workers' gradients become one that must be told apart."""
+        if is_per_worker(self.optimizer) and self.rule.build(self.config.workers).gathers:
+            name, rule = self.optimizer_name, RULES.name_of(self.rule)
+            raise ValueError(
+                f"{name} keeps a velocity for each worker, and rule {rule} averages the gradients "
+                "of several, which is nobody's: use asp, ssp, bounded or ringmaster, or optimizer "
+                "momentum"
+            )
+
+    def _check_norms(self) -> None:
+        """Raise ValueError if something needs a norm that several shards cannot know.
+
+        Workers measure that of what they push, but no shard has more than a slice of a mean, or of
+        a gradient that was corrected.
+        """
+        if self.rule.build(self.config.workers).gathers:
+            what, instead = "an averaged", "a rule that averages nothing"
+        elif self.compensation is not None:
+            what, instead = "a compensated", "no compensation"
+        else:
+            return
+        clip = self.config.clip
+        if clip is not None and clip.where == "reduced" and clip.norm_needed:
+            raise ValueError(
+                f"clipping {what} gradient by its norm needs the norm over all shards, which no "
+                "shard has: clip with where=worker, or use 1 shard"
+            )
+        if needs_norm(self.optimizer):
+            raise ValueError(
+                f"{OPTIMIZERS.name_of(self.optimizer)} needs the norm of {what} gradient over all "
+                f"shards, which no shard has: use 1 shard, or {instead}"
+            )
+
+    def _push_form(self) -> PushForm:
+        """Return a round program's push form; raise ValueError if it has none, or not so."""
+        name, rule = OPTIMIZERS.name_of(self.optimizer), RULES.name_of(self.rule)
+        if not hasattr(self.optimizer, "pushes"):
+            raise ValueError(
+                f"{name} is a round program without a push form: it runs under rule pieces, not "
+                f"{rule}"
+            )
+        form: PushForm = self.optimizer.pushes()
+        if self.rule.build(self.config.workers).gathers:
+            raise ValueError(
+                f"{name} keeps what each worker has pushed, and rule {rule} averages it over the "
+                "workers: use asp, ssp or bounded, or pieces"
+            )
+        return form
+
+    def _check_program(self) -> None:
+        """Raise ValueError for what a round program, or a push rule, cannot be combined with."""
+        name = OPTIMIZERS.name_of(self.optimizer)
+        needs = self.program or self.form
+        if needs is None:
+            if isinstance(self.rule, Pieces):
+                raise ValueError(f"rule pieces is for round programs, and {name} is a push rule")
+            return
+        if self.damping is not None and self.program is not None:
+            raise ValueError(f"{name} is a round program: nothing in a round is stale, or damped")
+        if self.compensation is not None:
+            raise ValueError(
+                f"{name} does not push a gradient alone, and a compensation corrects nothing else: "
+                "leave it out, and shorten the steps by damping"
+                if self.form is not None
+                else f"{name} is a round program: nothing in a round is stale, or compensated"
+            )
+        check_config(name, self.config)
+        if self.form is not None and self.form.work == "block" and self.config.schedule is not None:
+            raise ValueError(
+                f"{name} moves to where a worker found the least: a schedule changes nothing about "
+                "that; damping does"
+            )
+        if needs.whole and self.shards > 1:
+            raise ValueError(
+                f"{name} needs the whole vector in one place: use 1 shard, not {self.shards}"
+            )
+
+
+def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) -> Setup:
+    """Build again what the configuration in the record ``folder`` describes, on one shard.
+
+    Args:
+        folder: Of the record.
+        config: Its configuration.
+        given: What was trained, if the configuration cannot name it; None takes its name.
+
+    Raises:
+        RecordError: The configuration lacks something.
+        PluginError: It names plug-ins that do not exist here.
+    """
+    if given is None:
+        described = config.get("task")
+        if not isinstance(described, Mapping):
+            raise RecordError(f"{folder} does not say how its task {described!r} is made: give it")
+        given = find_task(described)
+
+    def built(name: str, registry: Registry[Any]) -> Any:
+        value = config.get(name)
+        return None if value is None else registry.build(value)
+
+    plain = ("workers", "batch_size", "epochs", "updates", "seed", "gradient", "on_nan", "threads")
+    try:
+        return Setup(
+            given,
+            OPTIMIZERS.build(config["optimizer"]),
+            RunConfig(
+                **{name: config[name] for name in plain},
+                clip=built("clip", CLIPS),
+                schedule=built("schedule", SCHEDULES),
+                average=built("average", AVERAGES),
+            ),
+            rule=built("rule", RULES),
+            damping=built("damping", DAMPINGS),
+            compensation=built("compensation", COMPENSATIONS),
+            shards=1,
+        )
+    except KeyError as error:
+        raise RecordError(
+            f"{folder} was written by another version of this library: it has no {error}"
+        ) from error

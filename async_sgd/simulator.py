@@ -1,0 +1,308 @@
+"""The simulator: an asynchronous run in virtual time, in this process, described as a real one.
+
+    AsyncTrainer(task, optimizer, config, rule=SSP(bound=4)).fit()      processes, real seconds
+    Simulator(task, optimizer, config, rule=SSP(bound=4), delay=Gamma(cv=0.3)).fit()   virtual ones
+
+Gradients, rules, damping and the shard are the real ones; only time is made up. So a thousand
+workers need no cluster, and a run with other delays is the same run in all else. The seconds of the
+configuration are virtual, and what it says of processes has no meaning here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from async_sgd.calibration import Calibration, distance
+from async_sgd.delays import DELAYS, DelayLaw, Delays, Exponential, Stream
+from async_sgd.jobs import Batched, Gradients, OneByOne, Samples
+from async_sgd.local_server import torch_threads
+from async_sgd.network import Network
+from async_sgd.setup import Ready, Setup
+from async_sgd.simulation import Buffers, Change, Simulation, Times, late_joiners
+from paramserver.compensation import Compensation
+from paramserver.errors import ParamServerError, ResourceError, RunFailedError
+from paramserver.layout import Layout
+from paramserver.optimizers import AnyOptimizer
+from paramserver.record import Result
+from paramserver.rules import Damping, RuleSpec
+from paramserver.shard import Shard
+from paramserver.standing import Standing
+from workers.config import RunConfig
+from workers.gradients import BoundModel
+from workers.run import Run
+from workers.task import Task, build_model, evaluate, recalibrate_batchnorm
+
+logger = logging.getLogger(__name__)
+
+_MEMINFO = Path("/proc/meminfo")
+
+_LOOK_AFTER = 5000
+"""Events after which the caller is told where the run stands."""
+
+REAL_ONLY = (
+    "address", "resume", "threads", "checkpoint_every_s", "wait_timeout_s", "call_timeout_s",
+    "max_failures",
+)  # fmt: skip
+"""Fields of the configuration that concern processes: in a simulated run they say nothing."""
+
+
+class Simulator:
+    """Simulates asynchronous training on a parameter server; see the module."""
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: AnyOptimizer,
+        config: RunConfig | None = None,
+        *,
+        delay: DelayLaw | None = None,
+        rule: RuleSpec | None = None,
+        damping: Damping | None = None,
+        compensation: Compensation | None = None,
+        network: Network | None = None,
+        service: DelayLaw | None = None,
+        changes: Sequence[Change] = (),
+        batched: bool = False,
+        like: Calibration | None = None,
+        progress: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        """Describe a run; `fit` makes it.
+
+        Args:
+            task: What is trained.
+            optimizer: A push rule, applied on the server to every update.
+            config: Size and budget; its seconds are virtual.
+            delay: Virtual seconds a worker takes for a gradient; None is exponential of mean 1.
+            rule: Which pushes are applied and who waits for whom; None is asynchronous.
+            damping: Shortens the steps of stale gradients; None does not.
+            compensation: Corrects stale gradients; None does not.
+            network: Between each worker and the server; None takes no time.
+            service: Virtual seconds the server takes for a push, one after the other; None is none.
+            changes: Workers that come or go on the way.
+            batched: Whether gradients in flight are computed together, which is faster for small
+                models and has other bits.
+            like: What ``delay`` was fitted to; the record compares the two runs.
+            progress: Called with the state of the run now and then.
+
+        Raises:
+            ValueError: A combination that cannot work.
+        """
+        self._setup = Setup(
+            task, optimizer, config or RunConfig(), rule=rule, damping=damping,
+            compensation=compensation, shards=1,
+        )  # fmt: skip
+        self.config = self._setup.config
+        self.delay: DelayLaw = delay or Exponential()
+        self.network, self.service = network or Network(), service
+        self.changes, self.batched, self.progress = tuple(changes), batched, progress
+        self.like = like
+        if self._setup.program is not None or self._setup.form is not None:
+            raise ValueError(
+                f"{self._setup.optimizer_name} is a round program, whose rounds have nothing stale "
+                "in them: simulate a push rule"
+            )
+        for name in ("address", "resume"):
+            if getattr(self.config, name) is not None:
+                raise ValueError(f"{name} is for real runs: a simulated one has no such thing")
+        if batched and self.config.gradient != "reverse":
+            raise ValueError(
+                f"batched computes by reverse mode only: leave it, or gradient="
+                f"{self.config.gradient}"
+            )
+        self.delay.check(self.config.workers)
+        if service is not None:
+            service.check(self.config.workers)
+        for change in self.changes:
+            if change.worker >= self.config.workers:
+                raise ValueError(
+                    f"there is no worker {change.worker} to {change.what}: with "
+                    f"{self.config.workers} workers the last one is {self.config.workers - 1}"
+                )
+
+    def fit(self) -> Result:
+        """Run to the end, and return what came out.
+
+        Ctrl-C ends the run in order: the record is written, with ``stopped_because``.
+
+        Raises:
+            RunFailedError: The run broke; its record is complete up to then.
+            ResourceError: It could need more memory than there is.
+            ParamServerError: It could not start.
+        """
+        with torch_threads(1):
+            ready = self._setup.ready(self.progress)
+            _check_memory(ready.plan.layout, self.config.workers)
+            simulated = _Simulated(self, ready, self._described())
+            try:
+                simulated.watch()
+            except KeyboardInterrupt:
+                simulated.finish("interrupted")
+            return simulated.run.result()
+
+    def _described(self) -> dict[str, object]:
+        """Return what the record says of this run, beside its configuration."""
+        network, service = self.network, self.service
+        return {
+            **self._setup.described(),
+            "mode": "simulate",
+            "delay": DELAYS.describe(self.delay),
+            "network": {"latency": network.latency, "bandwidth": network.bandwidth},
+            "service": None if service is None else DELAYS.describe(service),
+            "changes": [str(change) for change in self.changes],
+            "batched": self.batched,
+        }
+
+
+class _Simulated:
+    """One run under way, and what a driver does beside it."""
+
+    def __init__(self, simulator: Simulator, ready: Ready, described: Mapping[str, object]) -> None:
+        plan = self._plan = ready.plan
+        config, layout, num_workers = plan.config, plan.layout, plan.config.workers
+        self._data, self._like = ready.data, simulator.like
+        self._model = build_model(plan.task, config.seed)
+        self._shown = BoundModel(self._model, layout, plan.cuts)
+        start = ready.start(None, Path())
+        buffers = Buffers(plan.capacity, layout.numel, layout.dtype)
+        shard = plan.shard(0, "", "", start).build(start.params, buffers)
+        assert isinstance(shard, Shard), "a round program was refused"
+        self._sequencer = plan.sequencer(start, None, absent=len(late_joiners(simulator.changes)))
+        self._standing = Standing(self._sequencer)
+        samples = Samples(
+            ready.data.train,
+            config.batch_size or plan.task.batch_size,
+            num_workers,
+            seed=config.seed,
+        )
+        self._simulation = Simulation(
+            self._sequencer,
+            shard,
+            buffers,
+            self._gradients(samples, batched=simulator.batched),
+            samples.batch_size,
+            self._times(simulator),
+            num_workers=num_workers,
+            changes=simulator.changes,
+        )
+        self.run = Run.start(
+            plan.task, config, layout, described, clock=lambda: self._simulation.now
+        )
+        self.run.started()
+        self._next_evaluation = config.evaluate_every_s or math.inf
+
+    def _gradients(self, samples: Samples, *, batched: bool) -> Gradients:
+        plan = self._plan
+        model, clip = build_model(plan.task, plan.config.seed), plan.clip_at_worker
+        if batched:
+            return Batched(plan.task, model, plan.layout, samples, clip=clip)
+        mode = plan.config.gradient
+        return OneByOne(plan.task, model, plan.layout, samples, mode=mode, clip=clip)
+
+    def _times(self, simulator: Simulator) -> Times:
+        config, layout = self._plan.config, self._plan.layout
+
+        def delays(law: DelayLaw, stream: Stream) -> Delays:
+            return Delays(law, config.workers, seed=config.seed, stream=stream)
+
+        service = simulator.service
+        return Times(
+            compute=delays(simulator.delay, Stream.COMPUTE),
+            service=None if service is None else delays(service, Stream.SERVICE),
+            one_way_s=simulator.network.seconds(layout.numel * layout.dtype.itemsize),
+        )
+
+    def watch(self) -> None:
+        """Simulate to the end, evaluating and recording on the way.
+
+        Raises:
+            RunFailedError: The run broke; its record is written.
+        """
+        sequencer = self._sequencer
+        try:
+            while self._simulation.run(self._next_evaluation, _LOOK_AFTER):
+                status = self._status()
+                if self._simulation.now >= self._next_evaluation:
+                    self._next_evaluation += self._plan.config.evaluate_every_s
+                    reached = self._evaluate(status)
+                    if reached is not None:
+                        sequencer.stop(reached)
+                self.run.tell(status, self._plan.progress)
+        except (ParamServerError, ValueError) as error:
+            self._fail(error)
+        assert sequencer.ended is not None
+        self.finish(sequencer.ended)
+
+    def finish(self, reason: str) -> None:
+        """Evaluate and save the last version, and write the record."""
+        self._sequencer.stop(reason)
+        status = self._status()
+        self.run.tell(status, self._plan.progress)
+        self._evaluate(status)
+        self._save()
+        self.run.finish(reason, status, self._summary())
+
+    def _summary(self) -> dict[str, Any]:
+        summary = self._standing.summary()
+        if self._like is not None:
+            simulated = self._sequencer.ledger.staleness.histogram()
+            summary["like"] = {
+                "path": str(self._like.folder),
+                "gradients_per_s": self._like.gradients_per_s,
+                "staleness": {"histogram": dict(self._like.staleness)},
+                "distance": distance(self._like.staleness, simulated),
+            }
+        return summary
+
+    def _status(self) -> dict[str, Any]:
+        return self._standing.status(self._simulation.now)
+
+    def _evaluate(self, status: Mapping[str, Any]) -> str | None:
+        """Record the metrics now, at ``status``; return why to stop if they reach the target."""
+        task, train = self._plan.task, self._data.train
+        with self._simulation.server.shown() as params:
+            self._shown.read([params])
+            recalibrate_batchnorm(task, self._model, train, seed=self._plan.config.seed)
+            metrics = evaluate(task, self._model, self._data.test)
+        return self.run.evaluated(self._sequencer.version, metrics, status)
+
+    def _save(self) -> None:
+        saved = self._simulation.server.save()
+        checkpoint = self._plan.checkpoint([saved], self._sequencer.progress())
+        self.run.save(checkpoint, self._sequencer.ledger)
+
+    def _fail(self, error: ParamServerError | ValueError) -> NoReturn:
+        """Write the record of a run that broke, as far as it can be had, and raise why."""
+        self._sequencer.stop(str(error))
+        status = self._status()
+        for last_duty in (lambda: self._evaluate(status), self._save):
+            try:
+                last_duty()
+            except (ParamServerError, ValueError) as another:
+                logger.warning("after %s: %s", type(error).__name__, another)
+        self.run.finish(f"error: {error}", status, self._summary())
+        raise RunFailedError(str(error), str(self.run.folder.path)) from error
+
+
+def _check_memory(layout: Layout, num_workers: int) -> None:
+    """Raise ResourceError if a version for each worker does not fit into this machine's memory."""
+    needed = (num_workers + 2) * layout.numel * layout.dtype.itemsize
+    there = _available_bytes()
+    if needed > there:
+        raise ResourceError(
+            f"{num_workers} workers may read as many versions of {layout.numel:,} parameters at "
+            f"once, {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are available: use fewer "
+            "workers or a smaller model"
+        )
+
+
+def _available_bytes() -> int:
+    """Return the memory that programs can still have, caches included where the system says so."""
+    if _MEMINFO.exists():
+        lines = (line.split() for line in _MEMINFO.read_text().splitlines())
+        return next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,135 @@
+"""`paramserver simulate` and `paramserver replay` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.main import FAILED, USAGE, main
+
+SMALL = ["--task", "digits:hidden=8", "--updates", "40", "--evaluate-every-s", "0"]
+
+
+def simulate(out: Path, *flags: str) -> int:
+    return main(["simulate", *SMALL, "--out", str(out), *flags])
+
+
+def record(out: Path) -> dict[str, object]:
+    loaded: dict[str, object] = json.loads((out / "result.json").read_text())
+    return loaded
+
+
+def test_a_simulated_run_shows_its_outcome_and_leaves_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    code = simulate(
+        out, "--workers", "5", "--delay", "gamma:cv=0.3", "--rule", "ssp:bound=1",
+        "--damping", "dynsgd", "--compensation", "dc-asgd", "--service", "constant:time=0.01",
+        "--latency", "0.1", "--bandwidth", "1e6", "--changes", "crash:1@4,join:1@6",
+    )  # fmt: skip
+
+    shown = capsys.readouterr().out
+    assert code == 0
+    for words in ("gamma:cv=0.3", "virtual seconds", "law of staleness", "40", str(out)):
+        assert words in shown
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    config = record(out)["config"]
+    assert isinstance(config, dict)
+    assert config["changes"] == ["crash:1@4", "join:1@6"]
+    assert config["network"] == {"latency": 0.1, "bandwidth": 1e6}
+
+
+def test_a_file_of_flags_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('workers = 3\ndelay = {name = "constant", time = 2.0}\n')
+
+    assert simulate(tmp_path / "run", "--config", str(file)) == 0
+
+    assert record(tmp_path / "run")["seconds"] == 28.0  # 40 updates, 3 at a time
+
+
+def test_a_recorded_run_is_simulated_with_delays_like_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A simulated record stands for a real one: they have the same form, but for their mode."""
+    real = tmp_path / "real"
+    simulate(real, "--workers", "3", "--updates", "400", "--delay", "gamma:mean=0.02,cv=0.2")
+    for name in ("config.json", "result.json"):
+        text = (real / name).read_text()
+        (real / name).write_text(text.replace('"mode": "simulate"', '"mode": "async"'))
+    capsys.readouterr()
+
+    assert main(["simulate", "--like", str(real), "--out", str(tmp_path / "like")]) == 0
+
+    assert "its histogram of staleness is 0.0" in " ".join(capsys.readouterr().out.split())
+    like = record(tmp_path / "like")
+    assert like["updates"] == 400
+    assert "recorded" in (tmp_path / "like" / "report.html").read_text()
+
+
+def test_a_replay_tells_that_all_bits_are_equal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    simulate(out)
+    capsys.readouterr()
+
+    assert main(["replay", str(out)]) == 0
+    assert "equal to the checkpoint's, bit for bit" in capsys.readouterr().out
+    assert main(["replay", str(out), "--damping", "inverse", "--at", "20"]) == 0
+    assert "recorded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--delay gamma:cv=-1", "--delay: delay 'gamma': cv must be"),
+        ("--delay trace:path=/nowhere", "/nowhere"),
+        ("--service gama", "--service: there is no delay 'gama'; did you mean 'gamma'?"),
+        ("--latency -1", "latency must be 0 s or more"),
+        ("--bandwidth 0", "bandwidth must be above 0 bytes/s"),
+        ("--changes crash:1", "a change must be like crash:2@7.5, got 'crash:1'"),
+        ("--changes crash:7@1", "there is no worker 7 to crash: with 2 workers the last one is 1"),
+        ("--optimizer lbfgs", "lbfgs is a round program"),
+        ("--rule pieces", "rule pieces is for round programs"),
+        ("--resume x", "there is no flag --resume"),
+        ("--workers 2000", "2000 workers cannot share"),
+        ("--like nowhere", "nowhere is not the record of a run"),
+    ],
+)
+def test_what_cannot_be_simulated_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    assert simulate(tmp_path / "run", *flags.split()) in (USAGE, FAILED)
+
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("paramserver: ")
+    assert message in errors[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("nowhere", "nowhere is not the record of a run"),
+        ("RUN --at 3", "--at says from when on"),
+        ("RUN --damping non", "there is no damping 'non'; did you mean 'none'?"),
+        ("RUN --at -1 --damping dynsgd", "at must be version 0 or later"),
+        ("RUN more", "'more' is one word too many"),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    simulate(tmp_path / "run", "--updates", "2")
+    capsys.readouterr()
+
+    assert main(["replay", *flags.replace("RUN", str(tmp_path / "run")).split()]) != 0
+
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("paramserver: ")
+    assert message in errors[-1]
