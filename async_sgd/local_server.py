@@ -77,9 +77,8 @@ class LocalServer:
         job = self.jobs.pop(worker)
         grad, done = self._gradients.finish(job)
         message = Message(
-            Kind.PUSH, 0, worker, job.incarnation, job.seq, job.clock,
-            read_version=job.read_version, samples=self._batch_size, loss=done.loss,
-            norm=done.norm, text=done.layer,
+            Kind.PUSH, 0, worker, job.incarnation, job.seq, job.clock, 0, job.read_version, 0,
+            self._batch_size, 0, -1, 0, 0.0, done.loss, done.norm, done.layer,
         )  # fmt: skip
         self.shard.hold(worker, job.incarnation, job.seq, grad)
         return self._carry_out(self.sequencer.on_push(message, now))

@@ -241,7 +241,7 @@ class Sequencer:
                 self.gradients += 1
                 self.samples += push.samples
             self._record(m, state, push, now, scale, None)
-            orders = [self._take(m, scale, verdict.step)]
+            orders = [self._take(m, push, scale, verdict.step)]
             self._check(push)
         self._end_if_done()
         return orders + self._release(m.worker, now, [m.worker])
@@ -299,13 +299,12 @@ class Sequencer:
             self.fail(NonFiniteGradientError(m.worker, state.clock, m.text or "loss"))
         return "nonfinite"
 
-    def _take(self, m: Message, scale: float, step: bool) -> Message:
+    def _take(self, m: Message, push: Push, scale: float, step: bool) -> Message:
         if step:
             self._bump()
         return Message(
-            Kind.ORDER, Action.TAKE, m.worker, m.incarnation, m.seq,
-            clock=self._workers[m.worker].clock, version=self.version,
-            samples=m.samples, step=int(step), scale=scale, norm=m.norm, loss=m.loss,
+            Kind.ORDER, Action.TAKE, m.worker, m.incarnation, m.seq, push.clock, self.version,
+            push.read_version, push.staleness, m.samples, 0, -1, int(step), scale, m.loss, m.norm,
         )  # fmt: skip
 
     def _bump(self) -> None:
@@ -371,4 +370,4 @@ class Sequencer:
         return orders
 
     def _order(self, action: Action, worker: int, seq: int = 0) -> Message:
-        return Message(Kind.ORDER, action, worker, seq=seq, version=self.version)
+        return Message(Kind.ORDER, action, worker, 0, seq, 0, self.version)

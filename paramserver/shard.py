@@ -126,13 +126,6 @@ class Lease(NamedTuple):
     """The buffer of the vector that belongs to it; -1 if there is none."""
 
 
-class _Read(NamedTuple):
-    """What a worker computes its gradient at."""
-
-    params: Tensor
-    version: int
-
-
 @dataclass(slots=True)
 class _Held:
     incarnation: int
@@ -289,7 +282,6 @@ class Shard(Held):
         self.scheduler = None if schedule is None else schedule.build(self.rule)
         self._clip = clip
         self.compensator = None if compensation is None else compensation.build(params)
-        self._reads: dict[int, _Read] = {}  # worker -> what it has read, until it has pushed
         self.averager = None if average is None else average.build(params)
         self._gathered: Tensor | None = None  # sum of weight * scale * gradient
         self._weight = 0.0  # sum of weight * scale
@@ -308,12 +300,10 @@ class Shard(Held):
             self.rule.show(self.snapshots.leased(reader), reader)
         else:
             buffer = self.snapshots.lease(reader)
-        self._reads[reader] = _Read(self.snapshots.leased(reader), self.version)
         return Lease(buffer, self.version)
 
     def _release(self, reader: int) -> None:
         self.snapshots.release(reader)
-        self._reads.pop(reader, None)
 
     def _leave(self, worker: int) -> None:
         super()._leave(worker)
@@ -324,18 +314,18 @@ class Shard(Held):
 
         The buffer that was read is released, and stays as it is until the next update is written.
         """
-        read = self._reads.get(order.worker)
+        if self.compensator is None:
+            return super()._taken(order)
+        read = self.snapshots.leased(order.worker)
         grad = super()._taken(order)
-        if self.compensator is not None:
-            assert read is not None, f"worker {order.worker} pushed without having read"
-            self.compensator.correct_(
-                grad,
-                self.snapshots.params,
-                read.params,
-                worker=order.worker,
-                staleness=self.version - read.version,
-                lr=self.rule.param_groups[0]["lr"],
-            )
+        self.compensator.correct_(
+            grad,
+            self.snapshots.params,
+            read,
+            worker=order.worker,
+            staleness=order.staleness,
+            lr=self.rule.param_groups[0]["lr"],
+        )
         return grad
 
     def _take(self, grad: Tensor, order: Message) -> None:

@@ -53,7 +53,7 @@ class Batches:
         self._shuffled = (-1, self.part)  # the latest pass and its order
 
     def indices(self, clock: int) -> Tensor:
-        """Return the samples of the batch at ``clock``, int64, shape ``(batch_size,)``.
+        """Return the samples of the batch at ``clock``, int64, shape ``(batch_size,)``; read them.
 
         Any clock may be asked for, in any order; going on to the next one is cheap. A batch that
         reaches over the end of a pass, or is larger than the part, goes on with the next pass.
@@ -69,7 +69,7 @@ class Batches:
             piece = self._pass(number)[offset : offset + stop - start]
             pieces.append(piece)
             start += len(piece)
-        return torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _pass(self, number: int) -> Tensor:
         if self._shuffled[0] != number:

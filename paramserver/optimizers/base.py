@@ -88,20 +88,23 @@ class PushRule(LeanOptimizer):
         Raises:
             ValueError: There are more or fewer gradients than parameters; nothing was changed.
         """
-        params = [p for group in self.param_groups for p in group["params"]]
+        groups = self.param_groups
+        params = groups[0]["params"]
+        if len(groups) > 1:
+            params = [p for group in groups for p in group["params"]]
         if len(grads) != len(params):
             raise ValueError(f"expected {len(params)} gradients, got {len(grads)}")
-        rates = [group["lr"] for group in self.param_groups]
+        rates = None if scale == 1 else [group["lr"] for group in groups]
         try:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
-            if scale != 1:
+            if rates is not None:
                 self._set_rates(lr * scale for lr in rates)
             with torch.no_grad():
                 self._plain_step()
             self._opt_called = True  # a scheduler warns of updates that it thinks are missing
         finally:
-            if scale != 1:
+            if rates is not None:
                 self._set_rates(rates)
             for p in params:
                 p.grad = None
