@@ -197,6 +197,7 @@ class Fleet:
             batch_size,
             self._plan.clip_at_worker,
             self._config.gradient,
+            self._plan.local,
         )
         self._runs[ref] = worker
 

@@ -1,7 +1,8 @@
 """Gradients of a simulated run: one job a read, computed one by one or many at once.
 
 A job is known in full when its worker reads: parameters, samples and seed are fixed, and only the
-time of its arrival is still to come. So its gradient may be computed at any time in between:
+time of its arrival is still to come. So its gradient may be computed at any time in between, and so
+may the steps of its own that a worker takes instead of one gradient:
 
     one by one   when it arrives, by the code a worker's process runs: the same bits
     batched      with all others that are in flight then, by `torch.func.vmap` over the jobs
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from workers.estimate import Estimated, Estimator, GradientMode
 from workers.examples import Batch, Examples
 from workers.functional import Params, PureLoss
 from workers.gradients import BoundModel
+from workers.local import Local, steps_of
+from workers.own import Own, Work
 from workers.task import Task
 
 _BATCH_BYTES = 128 * 2**20
@@ -38,7 +41,7 @@ _BATCH_BYTES = 128 * 2**20
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One gradient of a simulated worker, from its read to its push."""
+    """What a simulated worker does from its read to its push: a gradient, or local steps."""
 
     worker: int
     incarnation: int
@@ -70,29 +73,63 @@ class Gradients(Protocol):
         """
 
 
+class Step(NamedTuple):
+    """One step of a worker."""
+
+    worker: int
+    number: int
+    """Its clock, or as `workers.local.steps_of` counts them."""
+
+
 class Samples:
-    """The samples of every worker of a simulated run, by clock: those its process would read."""
+    """The samples of every worker of a simulated run, by step: those its process would read."""
 
     def __init__(self, examples: Examples, batch_size: int, num_workers: int, *, seed: int) -> None:
         self.batch_size, self.seed = batch_size, seed
         self._examples, self._num_workers = examples, num_workers
         self._batches: dict[int, Batches] = {}
 
-    def batch(self, jobs: Sequence[Job]) -> Batch:
-        """Return the samples of all ``jobs``, one job's after the other's."""
-        return self._examples.batch(torch.cat([self._indices(job) for job in jobs]))
+    def batch(self, steps: Sequence[Step]) -> Batch:
+        """Return the samples of all ``steps``, one step's after the other's."""
+        return self._examples.batch(torch.cat([self._indices(*step) for step in steps]))
 
-    def _indices(self, job: Job) -> Tensor:
-        batches = self._batches.get(job.worker)
+    def _indices(self, worker: int, number: int) -> Tensor:
+        batches = self._batches.get(worker)
         if batches is None:
-            batches = self._batches[job.worker] = Batches(
+            batches = self._batches[worker] = Batches(
                 len(self._examples),
                 self.batch_size,
                 seed=self.seed,
-                worker=job.worker,
+                worker=worker,
                 num_workers=self._num_workers,
             )
-        return batches.indices(job.clock)
+        return batches.indices(number)
+
+
+class Owns:
+    """What workers keep for themselves between their jobs, if they take steps of their own."""
+
+    def __init__(self, local: Local | None) -> None:
+        self._local = local
+        self._owns: dict[int, tuple[int, Own]] = {}  # of each worker: its incarnation, and what
+
+    def of(self, job: Job) -> Own | None:
+        """Return that of the worker of ``job``; another incarnation begins without any."""
+        if self._local is None:
+            return None
+        incarnation, own = self._owns.get(job.worker, (None, None))
+        if own is None or incarnation != job.incarnation:
+            own = self._local.build()
+            self._owns[job.worker] = (job.incarnation, own)
+        return own
+
+    def steps_of(self, job: Job) -> range:
+        """Return the numbers of the steps that make ``job``."""
+        return steps_of(self._local, job.worker, job.clock)
+
+    def abandon(self, job: Job) -> None:
+        """Forget what the worker of ``job`` has kept: it is gone."""
+        self._owns.pop(job.worker, None)
 
 
 class OneByOne:
@@ -107,34 +144,39 @@ class OneByOne:
         *,
         mode: GradientMode = "reverse",
         clip: Clip | None = None,
+        local: Local | None = None,
         num_shards: int = 1,
     ) -> None:
-        """Compute on ``model``, which ``layout`` describes, in ``mode``.
+        """Compute on ``model``, which ``layout`` describes, in ``mode``; ``local`` steps, if any.
 
         The norm of a gradient is summed as by a worker of ``num_shards`` shards.
         """
         cuts = layout.cuts(num_shards)
         self._samples, self._sizes = samples, [len(cut) for cut in cuts]
-        self._bound = BoundModel(model, layout, cuts)
+        bound = BoundModel(model, layout, cuts)
         self._slot = torch.zeros(layout.numel, dtype=layout.dtype)
         slots = self._slot.split(self._sizes)
-        self._compute = Estimator(
-            mode, task, self._bound, cuts, slots, seed=samples.seed, clip=clip
-        )
+        compute = Estimator(mode, task, bound, cuts, slots, seed=samples.seed, clip=clip)
+        self._work, self._owns = Work(compute, bound, slots), Owns(local)
         model.train()
 
     def begin(self, job: Job) -> None:
         """Do nothing: the gradient is computed when it arrives."""
 
     def abandon(self, job: Job) -> None:
-        """Do nothing."""
+        """Forget what its worker has kept."""
+        self._owns.abandon(job)
 
     def finish(self, job: Job) -> tuple[Tensor, Estimated]:
         """Compute the gradient of ``job``, in the one slot there is."""
-        seed_step(self._samples.seed, job.worker, job.clock)
-        batch = self._samples.batch([job])
-        self._bound.read(job.params.split(self._sizes))
-        return self._slot, self._compute(batch, job.worker, job.clock)
+
+        def prepare(step: int) -> Batch:
+            seed_step(self._samples.seed, job.worker, step)
+            return self._samples.batch([Step(job.worker, step)])
+
+        own, steps = self._owns.of(job), self._owns.steps_of(job)
+        read, batch = job.params.split(self._sizes), prepare(steps.start)
+        return self._slot, self._work(own, read, job.worker, steps, batch, prepare)
 
 
 class Batched:
@@ -152,10 +194,14 @@ class Batched:
         samples: Samples,
         *,
         clip: Clip | None = None,
+        local: Local | None = None,
     ) -> None:
-        """Compute on ``model``, which ``layout`` describes, by reverse mode."""
+        """Compute on ``model``, by reverse mode; ``local`` steps, if there are any.
+
+        Of local steps the gradients are computed together, and each worker's step is taken alone.
+        """
         self._task, self._layout, self._samples, self._clip = task, layout, samples, clip
-        self._pure = PureLoss(task, model, layout)
+        self._pure, self._owns = PureLoss(task, model, layout), Owns(local)
         self._in_flight: dict[Job, None] = {}  # those not computed, the oldest first
         self._max_jobs = max(1, _BATCH_BYTES // (layout.numel * layout.dtype.itemsize))
         model.train()
@@ -165,8 +211,9 @@ class Batched:
         self._in_flight[job] = None
 
     def abandon(self, job: Job) -> None:
-        """Forget ``job``."""
+        """Forget ``job``, and what its worker has kept."""
         self._in_flight.pop(job, None)
+        self._owns.abandon(job)
 
     def finish(self, job: Job) -> tuple[Tensor, Estimated]:
         """Return the gradient of ``job``; compute it now, with others, if it is not there yet."""
@@ -174,8 +221,6 @@ class Batched:
             self._compute(job)
         assert job.grad is not None
         assert job.done is not None
-        if self._clip is not None and not job.done.layer:
-            self._clip.apply_(job.grad, job.done.norm)
         return job.grad, job.done
 
     def _compute(self, first: Job) -> None:
@@ -184,9 +229,47 @@ class Batched:
         jobs = [first, *list(self._in_flight)[: self._max_jobs - 1]]
         for job in jobs[1:]:
             del self._in_flight[job]
-        batch = tuple(t.unflatten(0, (len(jobs), -1)) for t in self._samples.batch(jobs))
-        params = self._pure.split(torch.stack([job.params for job in jobs]))
-        seed = step_seed(self._samples.seed, first.worker, first.clock)
+        points = torch.stack([job.params for job in jobs])
+        owns = [own for job in jobs if (own := self._owns.of(job)) is not None]
+        if owns:
+            self._take_steps(jobs, owns, points)
+            return
+        found = self._gradients(points, [Step(job.worker, job.clock) for job in jobs])
+        for job, (grad, done) in zip(jobs, found, strict=True):
+            job.grad, job.done = grad, done
+
+    def _take_steps(self, jobs: Sequence[Job], owns: Sequence[Own], points: Tensor) -> None:
+        """Take the steps of all ``jobs``, each at its row of ``points``, side by side."""
+        for own, job, x in zip(owns, jobs, points.unbind(), strict=True):
+            own.begin([job.params], [x])
+        steps, losses = [self._owns.steps_of(job) for job in jobs], [0.0] * len(jobs)
+        for ahead in range(max(map(len, steps))):
+            under_way = [
+                row for row, job in enumerate(jobs) if job.done is None and ahead < len(steps[row])
+            ]
+            if not under_way:  # each has met a gradient that is not finite
+                break
+            now = [Step(jobs[row].worker, steps[row][ahead]) for row in under_way]
+            found = self._gradients(points[under_way], now)
+            for row, (grad, done) in zip(under_way, found, strict=True):
+                if done.layer:
+                    jobs[row].grad, jobs[row].done = grad, replace(done, steps=ahead + 1)
+                else:
+                    owns[row].step([grad])
+                    losses[row] += done.loss
+        for own, job, numbers, loss in zip(owns, jobs, steps, losses, strict=True):
+            if job.done is None:
+                job.grad = torch.empty_like(job.params)
+                own.end([job.grad])
+                norm = float(torch.linalg.vector_norm(job.grad))
+                done = self._judged(job.grad, loss / len(numbers), norm)
+                job.done = replace(done, steps=len(numbers))
+
+    def _gradients(self, points: Tensor, steps: Sequence[Step]) -> list[tuple[Tensor, Estimated]]:
+        """Return the gradient of each step, at its row of ``points``, clipped."""
+        batch = tuple(t.unflatten(0, (len(steps), -1)) for t in self._samples.batch(steps))
+        params = self._pure.split(points)
+        seed = step_seed(self._samples.seed, *steps[0])
 
         def loss_of(params: Params, batch: Batch) -> Tensor:
             return self._pure.loss(params, batch, seed)
@@ -198,11 +281,15 @@ class Batched:
                 f"the loss of task {self._task.name!r} failed over many jobs at once: {error}; "
                 "compute them one by one"
             ) from error
-        grads = self._pure.join(slopes, slopes[0].new_zeros(len(jobs), self._layout.numel))
+        grads = self._pure.join(slopes, torch.zeros_like(points))
         norms = torch.linalg.vector_norm(grads, dim=1)
-        rows = zip(jobs, grads.unbind(), losses.tolist(), norms.tolist(), strict=True)
-        for job, grad, loss, norm in rows:
-            job.grad, job.done = grad, self._judged(grad, loss, norm)
+        found = []
+        for grad, loss, norm in zip(grads.unbind(), losses.tolist(), norms.tolist(), strict=True):
+            done = self._judged(grad, loss, norm)
+            if self._clip is not None and not done.layer:
+                self._clip.apply_(grad, done.norm)
+            found.append((grad, done))
+        return found
 
     def _judged(self, grad: Tensor, loss: float, norm: float) -> Estimated:
         if math.isinf(norm):  # perhaps it is finite, and its square is not

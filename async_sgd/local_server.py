@@ -78,7 +78,7 @@ class LocalServer:
         grad, done = self._gradients.finish(job)
         message = Message(
             Kind.PUSH, 0, worker, job.incarnation, job.seq, job.clock, 0, job.read_version, 0,
-            self._batch_size, 0, -1, 0, 0.0, done.loss, done.norm, done.layer,
+            done.steps * self._batch_size, 0, -1, 0, 0.0, done.loss, done.norm, done.layer,
         )  # fmt: skip
         self.shard.hold(worker, job.incarnation, job.seq, grad)
         return self._carry_out(self.sequencer.on_push(message, now))

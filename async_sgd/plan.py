@@ -22,6 +22,7 @@ from paramserver.sequencer import Budget, Progress, Sequencer
 from paramserver.shard import Saved
 from paramserver.shard_config import RoundsConfig, ShardConfig
 from workers.config import RunConfig
+from workers.local import Local
 from workers.task import Task
 
 
@@ -39,6 +40,8 @@ class Plan:
     rule: RuleSpec
     damping: Damping | None
     compensation: Compensation | None
+    local: Local | None
+    """Steps of workers' own between a read and a push."""
     layout: Layout
     cuts: tuple[range, ...]
     num_train: int

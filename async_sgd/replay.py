@@ -36,6 +36,7 @@ from paramserver.record import RunFolder, read_record
 from paramserver.rules import Damping
 from paramserver.shard import Shard
 from workers.gradients import BoundModel
+from workers.local import LOCALS
 from workers.task import Task, build_model, evaluate, recalibrate_batchnorm
 
 _TELL_EVERY = 200
@@ -122,6 +123,13 @@ class Replay:
                 f"{folder} ran {self._setup.optimizer_name}, a round program: only the pushes of "
                 "gradients are replayed"
             )
+        if what_if is not None and (local := self._setup.local) is not None:
+            name, scales = LOCALS.name_of(local), what_if.damping is not None and local.as_it_is
+            if what_if.compensation is not None or scales:
+                raise RecordError(
+                    f"{folder} took local steps, {name}: what it pushed cannot be "
+                    + ("damped" if scales else "compensated")
+                )
 
     @property
     def task(self) -> Task:
@@ -178,6 +186,7 @@ class Replay:
             samples,
             mode=config.gradient,
             clip=plan.clip_at_worker,
+            local=plan.local,
             num_shards=self._num_shards,
         )
         sequencer = plan.sequencer(start, None, absent=len(late_joiners(self._changes)))

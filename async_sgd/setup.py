@@ -22,7 +22,7 @@ from paramserver.clipping import CLIPS
 from paramserver.compensation import Compensation, check_compensation
 from paramserver.errors import CheckpointError, RecordError
 from paramserver.layout import Layout
-from paramserver.optimizers import OPTIMIZERS, AnyOptimizer
+from paramserver.optimizers import OPTIMIZERS, SGD, AnyOptimizer
 from paramserver.optimizers.base import is_per_worker, needs_norm
 from paramserver.optimizers.push_form import PushForm
 from paramserver.registry import Registry
@@ -30,6 +30,7 @@ from paramserver.rounds import RoundOptimizer, build_program, check_size
 from paramserver.rules import Damping, RuleSpec
 from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig
+from workers.local import LOCALS, Local
 from workers.programs import check_config, check_samples
 from workers.task import Data, Task, build_data, build_model
 from workers.tasks import task as find_task
@@ -71,6 +72,7 @@ class Setup:
         rule: RuleSpec | None,
         damping: Damping | None,
         compensation: Compensation | None,
+        local: Local | None = None,
         shards: int,
     ) -> None:
         """Check it.
@@ -85,7 +87,10 @@ class Setup:
         if self.program is not None and not isinstance(self.rule, Pieces):
             self.form, self.program = self._push_form(), None
         self.damping, self.compensation, self.shards = damping, compensation, shards
+        self.local = local
         self._check_program()
+        if local is not None:
+            self._check_local(local)
         self._check_workers()
         if shards > 1:
             self._check_norms()
@@ -97,7 +102,7 @@ class Setup:
 
     def described(self) -> dict[str, object]:
         """Return what a record says of it, beside the configuration."""
-        damping, compensation = self.damping, self.compensation
+        damping, compensation, local = self.damping, self.compensation, self.local
         return {
             "mode": "async",
             "optimizer": OPTIMIZERS.describe(self.optimizer),
@@ -105,6 +110,7 @@ class Setup:
             "rule": RULES.describe(self.rule),
             "damping": None if damping is None else DAMPINGS.describe(damping),
             "compensation": None if compensation is None else COMPENSATIONS.describe(compensation),
+            "local": None if local is None else LOCALS.describe(local),
             "shards": self.shards,
         }
 
@@ -146,6 +152,7 @@ class Setup:
             rule=self.rule,
             damping=self.damping,
             compensation=self.compensation,
+            local=self.local,
             layout=layout,
             cuts=cuts,
             num_train=num_train,
@@ -162,6 +169,41 @@ class Setup:
                 f"{name} keeps a velocity for each worker, and rule {rule} averages the gradients "
                 "of several, which is nobody's: use asp, ssp, bounded or ringmaster, or optimizer "
                 "momentum"
+            )
+
+    def _check_local(self, local: Local) -> None:
+        """Raise ValueError for what local steps cannot be combined with."""
+        name, steps = self.optimizer_name, f"local {LOCALS.name_of(local)}"
+        local.check(self.config.workers)
+        if self.program is not None or self.form is not None:
+            raise ValueError(
+                f"{name} asks workers for more than a gradient, each at the point it names, and "
+                f"{steps} leaves that point: use a push rule, such as sgd or nesterov"
+            )
+        if self.compensation is not None:
+            raise ValueError(
+                f"{steps} pushes how far a worker came, which is no gradient, and compensation "
+                f"{COMPENSATIONS.name_of(self.compensation)} corrects gradients: leave it out, and "
+                "shorten the steps by damping"
+            )
+        if local.as_it_is:
+            self._check_as_it_is(steps)
+
+    def _check_as_it_is(self, steps: str) -> None:
+        """Raise ValueError if the server would not add up what is pushed as it is."""
+        clip = self.config.clip
+        changed = {
+            f"optimizer {self.optimizer_name}": self.optimizer != SGD(lr=1.0),
+            f"rule {RULES.name_of(self.rule)}": self.rule.build(self.config.workers).gathers,
+            "a damping": self.damping is not None,
+            "a schedule": self.config.schedule is not None,
+            "a clip with where=reduced": clip is not None and clip.where == "reduced",
+        }
+        for what in (what for what, changes in changed.items() if changes):
+            raise ValueError(
+                f"{steps} draws a worker and the server together by the same force, and {what} "
+                "changes what the server gets of it: use optimizer sgd:lr=1, a rule that averages "
+                "nothing, and none of damping, schedule and clip with where=reduced"
             )
 
     def _check_norms(self) -> None:
@@ -269,6 +311,7 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
             rule=built("rule", RULES),
             damping=built("damping", DAMPINGS),
             compensation=built("compensation", COMPENSATIONS),
+            local=built("local", LOCALS),
             shards=1,
         )
     except KeyError as error:

@@ -118,6 +118,14 @@ class Times:
     """Of the server for one push, which come one after the other; None is no time."""
     one_way_s: float = 0.0
     """Seconds of all parameters' way from or to the server."""
+    steps: tuple[int, ...] | None = None
+    """Gradients that each worker computes between a read and a push; None is one."""
+
+    def computing(self, worker: int) -> float:
+        """Return how many seconds ``worker`` computes from its next read to its push."""
+        if self.steps is None:
+            return self.compute.draw(worker)
+        return sum(self.compute.draw(worker) for _ in range(self.steps[worker]))
 
 
 class Simulation:
@@ -198,11 +206,13 @@ class Simulation:
     def _change(self, change: Change) -> None:
         worker = change.worker
         live = self.sequencer.is_live(worker, self._incarnations[worker])
-        if change.what == "join" and not live:
+        if change.what == "join" and live:
+            self._leaving.discard(worker)  # it has thought better of it
+        elif change.what == "join":
             self._join(worker)
         elif change.what == "leave" and live and worker in self.server.jobs:
             self._leaving.add(worker)
-        elif change.what != "join" and live:
+        elif live:
             self._leave(worker)
 
     def _join(self, worker: int) -> None:
@@ -237,7 +247,7 @@ class Simulation:
         """Schedule the arrivals of jobs that begin now."""
         times = self._times
         for job in jobs:
-            at = self.now + 2 * times.one_way_s + times.compute.draw(job.worker)
+            at = self.now + 2 * times.one_way_s + times.computing(job.worker)
             self._schedule(at, job)
 
     def _stuck(self) -> ParamServerError:

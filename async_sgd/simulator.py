@@ -22,11 +22,11 @@ from async_sgd.delays import DELAYS, DelayLaw, Delays, Exponential, Stream
 from async_sgd.jobs import Batched, Gradients, OneByOne, Samples
 from async_sgd.local_server import torch_threads
 from async_sgd.network import Network
+from async_sgd.plan import Plan
 from async_sgd.setup import Ready, Setup
 from async_sgd.simulation import Buffers, Change, Simulation, Times, late_joiners
 from paramserver.compensation import Compensation
 from paramserver.errors import ParamServerError, ResourceError, RunFailedError
-from paramserver.layout import Layout
 from paramserver.optimizers import AnyOptimizer
 from paramserver.record import Result
 from paramserver.rules import Damping, RuleSpec
@@ -34,6 +34,7 @@ from paramserver.shard import Shard
 from paramserver.standing import Standing
 from workers.config import RunConfig
 from workers.gradients import BoundModel
+from workers.local import Local
 from workers.run import Run
 from workers.task import Task, build_model, evaluate, recalibrate_batchnorm
 
@@ -64,6 +65,7 @@ class Simulator:
         rule: RuleSpec | None = None,
         damping: Damping | None = None,
         compensation: Compensation | None = None,
+        local: Local | None = None,
         network: Network | None = None,
         service: DelayLaw | None = None,
         changes: Sequence[Change] = (),
@@ -78,9 +80,11 @@ class Simulator:
             optimizer: A push rule, applied on the server to every update.
             config: Size and budget; its seconds are virtual.
             delay: Virtual seconds a worker takes for a gradient; None is exponential of mean 1.
+                Local steps take the sum of as many.
             rule: Which pushes are applied and who waits for whom; None is asynchronous.
             damping: Shortens the steps of stale gradients; None does not.
             compensation: Corrects stale gradients; None does not.
+            local: Steps of workers' own between a read and a push; None pushes each gradient.
             network: Between each worker and the server; None takes no time.
             service: Virtual seconds the server takes for a push, one after the other; None is none.
             changes: Workers that come or go on the way.
@@ -94,7 +98,7 @@ class Simulator:
         """
         self._setup = Setup(
             task, optimizer, config or RunConfig(), rule=rule, damping=damping,
-            compensation=compensation, shards=1,
+            compensation=compensation, local=local, shards=1,
         )  # fmt: skip
         self.config = self._setup.config
         self.delay: DelayLaw = delay or Exponential()
@@ -136,7 +140,7 @@ class Simulator:
         """
         with torch_threads(1):
             ready = self._setup.ready(self.progress)
-            _check_memory(ready.plan.layout, self.config.workers)
+            _check_memory(ready.plan)
             simulated = _Simulated(self, ready, self._described())
             try:
                 simulated.watch()
@@ -199,12 +203,19 @@ class _Simulated:
         plan = self._plan
         model, clip = build_model(plan.task, plan.config.seed), plan.clip_at_worker
         if batched:
-            return Batched(plan.task, model, plan.layout, samples, clip=clip)
-        mode = plan.config.gradient
-        return OneByOne(plan.task, model, plan.layout, samples, mode=mode, clip=clip)
+            return Batched(plan.task, model, plan.layout, samples, clip=clip, local=plan.local)
+        return OneByOne(
+            plan.task,
+            model,
+            plan.layout,
+            samples,
+            mode=plan.config.gradient,
+            clip=clip,
+            local=plan.local,
+        )
 
     def _times(self, simulator: Simulator) -> Times:
-        config, layout = self._plan.config, self._plan.layout
+        config, layout, local = self._plan.config, self._plan.layout, self._plan.local
 
         def delays(law: DelayLaw, stream: Stream) -> Delays:
             return Delays(law, config.workers, seed=config.seed, stream=stream)
@@ -214,6 +225,7 @@ class _Simulated:
             compute=delays(simulator.delay, Stream.COMPUTE),
             service=None if service is None else delays(service, Stream.SERVICE),
             one_way_s=simulator.network.seconds(layout.numel * layout.dtype.itemsize),
+            steps=None if local is None else tuple(map(local.num_steps, range(config.workers))),
         )
 
     def watch(self) -> None:
@@ -288,15 +300,18 @@ class _Simulated:
         raise RunFailedError(str(error), str(self.run.folder.path)) from error
 
 
-def _check_memory(layout: Layout, num_workers: int) -> None:
-    """Raise ResourceError if a version for each worker does not fit into this machine's memory."""
-    needed = (num_workers + 2) * layout.numel * layout.dtype.itemsize
+def _check_memory(plan: Plan) -> None:
+    """Raise ResourceError if what workers read and keep does not fit into this machine's memory."""
+    layout, num_workers = plan.layout, plan.config.workers
+    kept = 0 if plan.local is None else plan.local.num_kept
+    needed = (num_workers * (1 + kept) + 2) * layout.num_bytes
     there = _available_bytes()
     if needed > there:
+        own = f" and keep {kept} vectors each" if kept else ""
         raise ResourceError(
             f"{num_workers} workers may read as many versions of {layout.numel:,} parameters at "
-            f"once, {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are available: use fewer "
-            "workers or a smaller model"
+            f"once{own}, {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are available: use "
+            "fewer workers or a smaller model"
         )
 
 

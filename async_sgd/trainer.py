@@ -22,6 +22,7 @@ from paramserver.optimizers import AnyOptimizer
 from paramserver.record import Result
 from paramserver.rules import Damping, RuleSpec
 from workers.config import RunConfig
+from workers.local import Local
 from workers.run import Run
 from workers.session import ray_session
 from workers.task import Task
@@ -39,6 +40,7 @@ class AsyncTrainer:
         rule: RuleSpec | None = None,
         damping: Damping | None = None,
         compensation: Compensation | None = None,
+        local: Local | None = None,
         shards: int = 1,
         progress: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
@@ -53,6 +55,7 @@ class AsyncTrainer:
                 pieces for a round program.
             damping: Shortens the steps of stale gradients; None does not.
             compensation: Corrects stale gradients by what has changed since; None does not.
+            local: Steps of workers' own between a read and a push; None pushes each gradient.
             shards: Server processes the parameters are cut over.
             progress: Called with the state of the run a few times a second.
 
@@ -67,6 +70,7 @@ class AsyncTrainer:
             rule=rule,
             damping=damping,
             compensation=compensation,
+            local=local,
             shards=shards,
         )
         self.progress = progress

@@ -105,11 +105,14 @@ class Flags(Generic[T]):
         own = inspect.get_annotations(self._cls)  # before what it extends
         for field in sorted(self._fields, key=lambda field: field.name not in own):
             flag = "--" + field.name.replace("_", "-")
+            is_truth = self._hints[field.name] is bool
+            may_be_bare: dict[str, Any] = {"nargs": "?", "const": "true"} if is_truth else {}
             parser.add_argument(
                 *dict.fromkeys((flag, f"--{field.name}")),
                 dest=field.name,
                 default=argparse.SUPPRESS,
                 metavar=self._metavar(self._hints[field.name]),
+                **may_be_bare,
                 help=self._help(field, docs.get(field.name, "")),
             )
         written = vars(parser.read(argv))
@@ -133,14 +136,55 @@ class Flags(Generic[T]):
             raise UsageError(f"--config {path} cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"--config {path} is not TOML: {error}") from error
+        return self._read_table(table, f"{path}")
+
+    def build(self, table: Mapping[str, object], where: str) -> T:
+        """Build the object that a table of a TOML file describes.
+
+        Args:
+            table: Values by field.
+            where: What errors call the table.
+
+        Raises:
+            UsageError: An unknown key or plug-in, or a value that is refused.
+        """
+        try:
+            return self._cls(**self._read_table(table, where))
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error
+
+    def spell(self, field: str, value: object) -> str:
+        """Write a value of ``field`` as the command line takes it."""
+        registry = self._registry(field)
+        if registry is None or value is None:
+            return spell_value(value)
+        return spell(registry, value)
+
+    def describe(self, built: T) -> dict[str, object]:
+        """Return all fields of ``built`` in types that JSON has, as `build` takes them."""
+        described: dict[str, object] = {}
+        for field in self._fields:
+            value, registry = getattr(built, field.name), self._registry(field.name)
+            if registry is not None and value is not None:
+                value = registry.describe(value)
+            described[field.name] = str(value) if isinstance(value, Path) else value
+        return described
+
+    def _registry(self, field: str) -> Registry[Any] | None:
+        return self._plugins.get(_without_none(self._hints[field])[0])
+
+    def _read_table(self, table: Mapping[str, object], where: str) -> dict[str, Any]:
         keys = [field.name for field in self._fields if field.name != "config"]
         for key in table:
             if key not in keys:
                 raise UsageError(
-                    f"{path}: there is no key {key!r}{_meant(key, keys)} "
+                    f"{where}: there is no key {key!r}{_meant(key, keys)} "
                     f"(there are {', '.join(sorted(keys))})"
                 )
-        return {key: self._read(f"{path}: {key}", v, self._hints[key]) for key, v in table.items()}
+        return {
+            key: self._read(f"{where}: {key}", value, self._hints[key])
+            for key, value in table.items()
+        }
 
     def _read(self, where: str, value: object, hint: Any) -> object:
         try:
@@ -163,6 +207,8 @@ class Flags(Generic[T]):
             if value not in choices:
                 raise ValueError(f"expected {' or '.join(map(str, choices))}, got {value!r}")
             return value
+        if inner is bool:
+            return _truth(value)
         if inner in (int, float):
             return _number(value, inner)
         if not isinstance(value, str):
@@ -175,7 +221,7 @@ class Flags(Generic[T]):
             return "NAME:KEY=VALUE,…"
         if typing.get_origin(inner) is typing.Literal:
             return "|".join(map(str, typing.get_args(inner)))
-        return {int: "N", float: "X", Path: "PATH"}.get(inner, "TEXT")
+        return {int: "N", float: "X", bool: "true|false", Path: "PATH"}.get(inner, "TEXT")
 
     def _help(self, field: dataclasses.Field[Any], doc: str) -> str:
         default = field.default
@@ -239,6 +285,14 @@ def _plugin(registry: Registry[Any], value: object) -> object:
     raise PluginError(f'expected "name:key=value" or {{name = …, key = …}}, got {value!r}')
 
 
+def _truth(value: object) -> bool:
+    if value in (True, "true"):
+        return True
+    if value in (False, "false"):
+        return False
+    raise ValueError(f"expected true or false, got {value!r}")
+
+
 def _number(value: object, kind: type[int] | type[float]) -> int | float:
     expected = "a whole number" if kind is int else "a number"
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -287,4 +341,5 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return super()._format_action_invocation(action)
         flags = [flag for flag in action.option_strings if "_" not in flag]
         metavar = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+        metavar = f" [{metavar.strip()}]" if action.nargs == "?" else metavar
         return ", ".join(flags) + metavar

@@ -19,6 +19,7 @@ from paramserver.clipping import CLIPS
 from paramserver.optimizers import OPTIMIZERS
 from paramserver.registry import Entry, Registry
 from paramserver.schedules import SCHEDULES
+from workers.local import LOCALS
 from workers.tasks import TASKS
 
 _COLUMNS = 100
@@ -29,6 +30,7 @@ KINDS: Mapping[str, Registry[Any]] = {
     "rules": RULES,
     "dampings": DAMPINGS,
     "compensations": COMPENSATIONS,
+    "locals": LOCALS,
     "delays": DELAYS,
     "averages": AVERAGES,
     "schedules": SCHEDULES,

@@ -30,7 +30,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "replay": ("deploy.replay", "a run once more from its record, bit for bit, or what if"),
     "list": ("deploy.listing", "the tasks, optimizers, rules, …: names, keys, defaults, sources"),
-    "experiment": ("deploy.experiments", "many runs compared: a table, a CSV file and a plot"),
+    "experiment": ("deploy.experiment.command", "many runs compared: a table, CSV files and plots"),
     "report": ("deploy.reporting", "one or several runs as a self-contained page"),
     "bench": ("deploy.benching", "measure push and pull, training or all-reduce on this machine"),
 }

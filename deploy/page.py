@@ -74,6 +74,12 @@ tbody th { font-weight: 500; white-space: nowrap; color: var(--muted); }
 """
 
 
+def colour(variable: str) -> str:
+    """Return what ``var(--ink)`` and the like stand for on the light page."""
+    light = {**_LIGHT, **{f"c{i}": colour for i, colour in enumerate(_SERIES_LIGHT)}}
+    return light[variable.removeprefix("var(--").removesuffix(")")]
+
+
 def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
     """Return a whole page; ``parts`` are what the functions below return."""
     dark = f"@media screen and (prefers-color-scheme: dark) {{ {_root(_DARK, _SERIES_DARK)} }}"

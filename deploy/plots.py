@@ -35,11 +35,11 @@ AXES = {
 """What metrics are drawn against: key in a record, label."""
 
 _INK, _MUTED, _GRID = "#fe0100", "#fe0101", "#fe0102"
-_PLACEHOLDERS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"} | {
+PLACEHOLDERS = {_INK: "var(--ink)", _MUTED: "var(--muted)", _GRID: "var(--grid)"} | {
     f"#fe00{i:02x}": f"var(--c{i})" for i in range(NUM_COLOURS)
 }
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "paramserver",  # the same record gives the same page
     "font.size": 9.5,
@@ -69,10 +69,10 @@ _STYLE: Any = {
     "lines.solid_capstyle": "round",
 }
 
-_STEPS = [1, 2, 2.5, 5, 10]
+STEPS = [1, 2, 2.5, 5, 10]
 """Ticks are multiples of these, so that they are easy to read."""
 
-_WIDTH = 10.6
+WIDTH = 10.6
 """Inches; text keeps its size on a page about 760 points wide."""
 
 
@@ -100,26 +100,26 @@ class Series:
 
 def progress(name: str, rows: Mapping[str, Sequence[Series]]) -> str:
     """Draw each row's series against gradients, updates and seconds."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.5 + 2.15 * len(rows)), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.5 + 2.15 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), len(AXES), sharey="row", sharex="col", squeeze=False)
         for panels, (title, row) in zip(grid, rows.items(), strict=True):
             for panel, axis in zip(panels, AXES, strict=True):
                 for series in row:
                     x, y = series.points(axis)
                     few = {"marker": "o", "markersize": 3.0} if len(x) <= 30 else {}
-                    panel.plot(x, y, **_line(series.colour), **few)
+                    panel.plot(x, y, **line(series.colour), **few)
                 _tidy(panel)
             spans = _decades([y for series in row for y in series.points("updates")[1]])
             if spans > 1.3:  # a loss that fell 20-fold ends on the floor of a linear axis
                 panels[0].set_yscale("log")
                 panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 3) if spans < 4 else (1,)))
-                panels[0].yaxis.set_major_formatter(FuncFormatter(_short))
+                panels[0].yaxis.set_major_formatter(FuncFormatter(short))
                 panels[0].yaxis.set_minor_locator(NullLocator())
             panels[0].set_title(f"{title} (logarithmic)" if spans > 1.3 else title)
         for panel, label in zip(grid[-1], AXES.values(), strict=True):
             panel.set_xlabel(label)
-        return _svg(figure, name, f"{', '.join(rows)} against gradients, updates and seconds")
+        return svg(figure, name, f"{', '.join(rows)} against gradients, updates and seconds")
 
 
 def histogram(name: str, counts: Sequence[tuple[int, Mapping[int, int]]]) -> str:
@@ -127,22 +127,22 @@ def histogram(name: str, counts: Sequence[tuple[int, Mapping[int, int]]]) -> str
     largest = max((max(c, default=0) for _, c in counts), default=0)
     width = max(1, math.ceil((largest + 1) / 60))
     edges = np.arange(0, largest + 1 + width, width) - 0.5
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, panel = _single(2.6)
         for colour, pushes in counts:
             weights = np.array(list(pushes.values())) / max(sum(pushes.values()), 1) * 100
             share, _ = np.histogram(list(pushes), bins=edges, weights=weights)
             if len(counts) == 1:
                 centres = (edges[:-1] + edges[1:]) / 2
-                panel.bar(centres, share, 0.82 * width, color=_line(colour)["color"])
+                panel.bar(centres, share, 0.82 * width, color=line(colour)["color"])
             else:
-                panel.stairs(share, edges, baseline=None, **_line(colour))
+                panel.stairs(share, edges, baseline=None, **line(colour))
         bars = f", in steps of {width}" if width > 1 else ""
         panel.set_xlabel(f"staleness (updates between read and apply{bars})")
         panel.set_title("share of pushes (%)")
         panel.set_ylim(bottom=0)
         _tidy(panel, whole_x=True)
-        return _svg(figure, name, "histogram of staleness")
+        return svg(figure, name, "histogram of staleness")
 
 
 def staleness_over_time(name: str, pushes: Columns, workers: Sequence[int]) -> str:
@@ -167,28 +167,28 @@ def staleness_over_time(name: str, pushes: Columns, workers: Sequence[int]) -> s
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     means = {w: mean(worker == w) for w in workers}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, panel = _single(2.6)
         if len(workers) <= NUM_COLOURS:
             for colour, values in enumerate(means.values()):
                 there = ~np.isnan(values)
-                panel.plot(centres[there], values[there], **_line(colour))
+                panel.plot(centres[there], values[there], **line(colour))
         else:
             table = np.ma.masked_invalid(np.stack(list(means.values())))
             low, high = table.min(axis=0), table.max(axis=0)
-            colour = _line(0)["color"]
+            colour = line(0)["color"]
             panel.fill_between(centres, low, high, color=colour, alpha=0.2, linewidth=0)
-            panel.plot(centres, mean(np.ones(len(seconds), bool)), **_line(0))
+            panel.plot(centres, mean(np.ones(len(seconds), bool)), **line(0))
         panel.set_xlabel(AXES["seconds"])
         panel.set_title("mean staleness (updates)")
         panel.set_ylim(bottom=0)
         _tidy(panel)
-        return _svg(figure, name, "staleness of each worker over time")
+        return svg(figure, name, "staleness of each worker over time")
 
 
 def throughput(name: str, rates: Sequence[tuple[int, Columns, str]]) -> str:
     """Draw how fast a count grew, for ``(colour, columns, key of the count)`` each."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, panel = _single(2.4)
         for colour, columns, key in rates:
             seconds = np.concatenate([[0.0], columns["seconds"]])
@@ -196,48 +196,49 @@ def throughput(name: str, rates: Sequence[tuple[int, Columns, str]]) -> str:
             if seconds[-1] > 0:
                 edges = np.linspace(0, seconds[-1], min(60, max(2, len(seconds) // 4)) + 1)
                 grown = np.diff(np.interp(edges, seconds, counts)) / np.diff(edges)
-                panel.stairs(grown, edges, baseline=None, **_line(colour))
+                panel.stairs(grown, edges, baseline=None, **line(colour))
         panel.set_xlabel(AXES["seconds"])
         panel.set_title("per second")
         panel.set_ylim(bottom=0)
         _tidy(panel)
-        return _svg(figure, name, "throughput over time")
+        return svg(figure, name, "throughput over time")
 
 
 def waits(name: str, seconds: Mapping[str, float]) -> str:
     """Draw a bar for each cause of waiting, in the order given."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, panel = _single(0.75 + 0.27 * len(seconds))
         places = np.arange(len(seconds))
-        panel.barh(places, list(seconds.values()), 0.66, color=_line(1)["color"])
+        panel.barh(places, list(seconds.values()), 0.66, color=line(1)["color"])
         panel.set_yticks(places, list(seconds), color=_INK)
         panel.set_ylim(len(seconds) - 0.5, -0.5)
         panel.set_xlabel("time waited (s)")
         panel.grid(visible=False, axis="y")
-        panel.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
-        return _svg(figure, name, "seconds waited, by who waited for whom")
+        panel.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        return svg(figure, name, "seconds waited, by who waited for whom")
 
 
-def _line(colour: int) -> dict[str, Any]:
+def line(colour: int) -> dict[str, Any]:
+    """Return the look of a series: its placeholder colour, and dashes once colours repeat."""
     dashes = (0, (3, 1.5)) if colour >= NUM_COLOURS else "solid"
     return {"color": f"#fe00{colour % NUM_COLOURS:02x}", "linestyle": dashes}
 
 
 def _single(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _tidy(panel: Axes, *, whole_x: bool = False) -> None:
     panel.grid(visible=False, axis="x")
     panel.margins(x=0.015)
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=whole_x, steps=_STEPS))
-    panel.xaxis.set_major_formatter(FuncFormatter(_short))
-    panel.yaxis.set_major_locator(MaxNLocator(4, steps=_STEPS))
-    panel.yaxis.set_major_formatter(FuncFormatter(_short))
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=whole_x, steps=STEPS))
+    panel.xaxis.set_major_formatter(FuncFormatter(short))
+    panel.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
+    panel.yaxis.set_major_formatter(FuncFormatter(short))
 
 
-def _short(value: float, _position: int | None = None) -> str:
+def short(value: float, _position: int | None = None) -> str:
     """Write 12000 as 12k, and leave out digits that say nothing."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
@@ -251,7 +252,7 @@ def _decades(values: Sequence[float]) -> float:
     return math.log10(max(finite) / min(finite)) if finite and min(finite) > 0 else 0.0
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def svg(figure: Figure, name: str, label: str) -> str:
     """Return the figure as an element whose ids start with ``name``."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -259,5 +260,5 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"#fe0[0-9a-f]{3}\b", lambda found: _PLACEHOLDERS[found[0]], text)
+    text = re.sub(r"#fe0[0-9a-f]{3}\b", lambda found: PLACEHOLDERS[found[0]], text)
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

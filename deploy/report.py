@@ -110,7 +110,7 @@ def _facts(record: Record) -> dict[str, str]:
     asked = {**record.config, **_result(record)}
     done = {**(record.metrics[-1] if record.metrics else {}), **_result(record)}
     said: dict[str, str] = {}
-    given = ("mode", "task", "optimizer", "form", "rule", "damping", "compensation")
+    given = ("mode", "task", "optimizer", "form", "rule", "damping", "compensation", "local")
     for key in (*given, "workers", "shards"):
         if asked.get(key) is not None:
             said[key] = _value(asked[key])

@@ -29,6 +29,7 @@ from paramserver.registry import Registry
 from paramserver.rules import Damping, RuleSpec
 from paramserver.schedules import SCHEDULES, Schedule
 from workers.config import RunConfig
+from workers.local import LOCALS, Local
 from workers.task import Task
 from workers.tasks import TASKS, TaskSpec, task
 from workers.tasks.digits import Digits
@@ -47,6 +48,7 @@ PLUGINS: Mapping[object, Registry[Any]] = {
     RuleSpec: RULES,
     Damping: DAMPINGS,
     Compensation: COMPENSATIONS,
+    Local: LOCALS,
     Clip: CLIPS,
     Schedule: SCHEDULES,
     DelayLaw: DELAYS,

@@ -19,6 +19,7 @@ from paramserver.compensation import Compensation
 from paramserver.record import read_record
 from paramserver.rules import Damping, RuleSpec
 from workers.config import RunConfig
+from workers.local import Local
 from workers.tasks import TASKS
 
 _DEFAULT_DELAY = Exponential()
@@ -40,6 +41,10 @@ class SimulateFlags(RunFlags):
     compensation: Compensation | None = None
     """Corrects stale gradients by what has changed since they were computed, one of `paramserver
     list compensations`."""
+
+    local: Local | None = None
+    """Steps a worker takes by itself between a read and a push, one of `paramserver list locals`;
+    each takes a delay."""
 
     service: DelayLaw | None = None
     """Seconds the server takes for a push, one after the other; none unless given."""
@@ -97,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
         f"simulated {flags.title('async')}: {flags.workers} workers, "
         f"{spell(DELAYS, flags.delay)} delays …"
     )
-    return make_run(starting, lambda progress: _simulator(flags, progress))
+    return make_run(starting, lambda progress: simulator(flags, progress))
 
 
 def _like(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +116,11 @@ def _like(given: Mapping[str, Any]) -> dict[str, Any]:
             f"{'unfinished' if record.result is None else record.config.get('mode')}"
         )
     setup = recorded_setup(record.path, record.config, None)
+    if setup.local is not None:
+        raise UsageError(
+            f"--like fits a delay to each push, and those of {record.path} are of several local "
+            "steps, which take a delay each: give --local and --delay instead"
+        )
     config = setup.config
     return {
         **{name: getattr(config, name) for name in RunConfig.__dataclass_fields__},
@@ -126,7 +136,8 @@ def _like(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _simulator(flags: SimulateFlags, progress: Tell) -> Simulator:
+def simulator(flags: SimulateFlags, progress: Tell) -> Simulator:
+    """Return the simulator of the run that ``flags`` describe."""
     return Simulator(
         flags.built_task(),
         flags.optimizer,
@@ -135,6 +146,7 @@ def _simulator(flags: SimulateFlags, progress: Tell) -> Simulator:
         rule=flags.rule,
         damping=flags.damping,
         compensation=flags.compensation,
+        local=flags.local,
         network=flags.network(),
         service=flags.service,
         changes=flags.parsed_changes(),

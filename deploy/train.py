@@ -10,11 +10,13 @@ from deploy.flags import Flags, Parser
 from deploy.running import DEFAULT_EPOCHS, PLUGINS, RunFlags, Tell, Trainer, make_run
 from paramserver.compensation import Compensation
 from paramserver.rules import Damping, RuleSpec
+from workers.local import Local
 
 _ONLY_IN: Mapping[str, Literal["async", "sync"]] = {
     "rule": "async",
     "damping": "async",
     "compensation": "async",
+    "local": "async",
     "shards": "async",
     "reduce": "sync",
     "collective": "sync",
@@ -40,6 +42,10 @@ class TrainFlags(RunFlags):
     """Corrects stale gradients by what has changed since they were computed, one of `paramserver
     list compensations`; async only, where it is none unless given."""
 
+    local: Local | None = None
+    """Steps a worker takes by itself between a read and a push, one of `paramserver list locals`;
+    async only, where it is none unless given: each gradient is pushed."""
+
     shards: int | None = None
     """Server processes the parameters are cut over; async only, where it is 1 unless given."""
 
@@ -53,7 +59,10 @@ class TrainFlags(RunFlags):
         RunFlags.__post_init__(self)
         for name, mode in _ONLY_IN.items():
             if getattr(self, name) is not None and self.mode != mode:
-                raise ValueError(f"{name} is for mode {mode} only, and this run's is {self.mode}")
+                instead = "; rule bsp averages local steps there" if name == "local" else ""
+                raise ValueError(
+                    f"{name} is for mode {mode} only, and this run's is {self.mode}{instead}"
+                )
         if self.shards is not None and self.shards < 1:
             raise ValueError(f"shards must be 1 or more, got {self.shards}")
 
@@ -72,15 +81,17 @@ def run(argv: Sequence[str]) -> int:
         "For example:\n"
         "  paramserver train --rule ssp:bound=4 --workers 4 --until accuracy=0.97\n"
         "  paramserver train --mode sync --optimizer momentum:lr=0.05 --epochs 10\n"
+        "  paramserver train --local adamw:steps=20 --optimizer nesterov:lr=0.7 --rule bsp\n"
         "  paramserver train --task mymodule:my_task --config run.toml",
     )
     flags = Flags(TrainFlags, PLUGINS).parse(argv, parser)
     workers = f"{flags.workers} worker{'s' if flags.workers > 1 else ''}"
     starting = f"{flags.title(flags.mode)}: starting {workers} …"
-    return make_run(starting, lambda progress: _trainer(flags, progress))
+    return make_run(starting, lambda progress: trainer(flags, progress))
 
 
-def _trainer(flags: TrainFlags, progress: Tell) -> Trainer:
+def trainer(flags: TrainFlags, progress: Tell) -> Trainer:
+    """Return the trainer of the run that ``flags`` describe."""
     what, config, mine = flags.built_task(), flags.run_config(), flags.only_mine()
     # A mode imports its own half alone: Ray takes a second, torch.distributed half of one.
     if flags.mode == "sync":

@@ -22,6 +22,7 @@ from workers.batches import Batches
 from workers.estimate import GradientMode
 from workers.examples import Examples
 from workers.gradients import BoundModel
+from workers.local import Local
 from workers.loop import Finished, train
 from workers.oracles import Oracle
 from workers.pieces import answer
@@ -110,6 +111,7 @@ class Worker:
         batch_size: int,
         clip: Clip | None,
         gradient: GradientMode = "reverse",
+        local: Local | None = None,
     ) -> Finished:
         """Train until the run has ended."""
         batches = Batches(
@@ -131,6 +133,7 @@ class Worker:
                 seed=self._seed,
                 gradient=gradient,
                 clip=clip,
+                local=local,
             )
 
     def push(

@@ -20,13 +20,15 @@ GradientMode: TypeAlias = Literal["reverse", "forward", "random"]
 
 @dataclass(frozen=True, slots=True)
 class Estimated:
-    """A gradient that is in the slots, ready to be pushed."""
+    """A gradient that is in the slots, ready to be pushed; or what takes its place."""
 
     loss: float
     norm: float
     """2-norm before it was clipped; NaN if the gradient or the loss is not finite."""
     layer: str = ""
     """The first parameter whose gradient is not finite, ``loss`` if only the loss is not."""
+    steps: int = 1
+    """Batches it took: several where a worker takes steps of its own."""
 
 
 class Estimator:
@@ -60,8 +62,8 @@ class Estimator:
         self._task, self._bound, self._slots, self._clip = task, bound, slots, clip
         self._seed = seed
         self._forward: ForwardGradient | None = None
+        bound.write_gradients_to(slots)  # it looks at what forward mode writes there, too
         if mode == "reverse":
-            bound.write_gradients_to(slots)
             return
         directions = 1 if mode == "random" else None
         self._forward = ForwardGradient(

@@ -14,6 +14,8 @@ from workers.batches import Batches, seed_step
 from workers.estimate import Estimator, GradientMode
 from workers.examples import Batch, Examples
 from workers.gradients import BoundModel
+from workers.local import Local, steps_of
+from workers.own import Work
 from workers.task import Task
 
 
@@ -38,6 +40,7 @@ def train(
     seed: int,
     gradient: GradientMode = "reverse",
     clip: Clip | None = None,
+    local: Local | None = None,
     before_push: Callable[[int], None] | None = None,
 ) -> Finished:
     """Train until the server says that the run has ended.
@@ -53,6 +56,7 @@ def train(
         seed: Of the run; seeds what is random in each step.
         gradient: How it is computed.
         clip: Applied to each gradient before it is pushed.
+        local: Steps of the worker's own between a read and a push; None pushes each gradient.
         before_push: Called with the clock before each push; for faults and tests.
 
     Raises:
@@ -60,23 +64,29 @@ def train(
     """
     bound = BoundModel(model, layout, cuts)
     compute = Estimator(gradient, task, bound, cuts, client.slots, seed=seed, clip=clip)
+    work = Work(compute, bound, client.slots)
+    own = None if local is None else local.build()
     model.train()
 
-    def prepare(clock: int) -> Batch:
-        """Seed torch for the step at ``clock``, and return its batch."""
-        seed_step(seed, client.worker, clock)
-        return examples.batch(batches.indices(clock))
+    def prepare(step: int) -> Batch:
+        """Seed torch for a step, and return its batch."""
+        seed_step(seed, client.worker, step)
+        return examples.batch(batches.indices(step))
 
     reading = client.first_read()
-    batch = prepare(client.clock)
+    steps = steps_of(local, client.worker, client.clock)
+    batch = prepare(steps.start)
     while not isinstance(reading, Ended):
-        bound.read(reading.params)
-        done = compute(batch, client.worker, client.clock)
+        done = work(own, reading.params, client.worker, steps, batch, prepare)
         if before_push is not None:
             before_push(client.clock)
         client.begin_push(
-            loss=done.loss, norm=done.norm, samples=batches.batch_size, layer=done.layer
+            loss=done.loss,
+            norm=done.norm,
+            samples=done.steps * batches.batch_size,
+            layer=done.layer,
         )
-        batch = prepare(client.clock + 1)  # while the shard works
+        steps = steps_of(local, client.worker, client.clock + 1)
+        batch = prepare(steps.start)  # while the shard works
         reading = client.end_push()
     return Finished(reading.reason, client.clock)

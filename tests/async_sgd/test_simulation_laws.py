@@ -158,6 +158,19 @@ def test_workers_that_take_turns_are_one_less_stale_than_there_are() -> None:
     assert rows["worker"].tolist() == [*range(8)] * 25
 
 
+@pytest.mark.parametrize(("n", "mean"), [(1, 0.967), (15, 14.5), (30, 29.0)])
+def test_softsync_of_alike_workers_is_hardly_ever_staler_than_2n(n: int, mean: float) -> None:
+    run = simulation(30, updates=90 * n, rule=f"softsync:n={n}", delay="gamma:cv=0.1")
+
+    run.run()
+
+    staleness = columns(run)["staleness"]
+    assert len(staleness) == 2700
+    assert (staleness > 2 * n).mean() < 1e-3
+    in_flight = run.sequencer.conservation.in_flight_age / 2700
+    assert staleness.mean() + in_flight == pytest.approx(n * 29 / 30) == pytest.approx(mean, 1e-3)
+
+
 @cache
 def exponential_rows(num_workers: int, damping: DynSGD | InverseDamping) -> dict[str, Array]:
     run = simulation(num_workers, updates=12_000, damping=damping)
@@ -617,6 +630,7 @@ def test_memoryless_workers_raise_the_noise_floor_to_the_fixed_point() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("num_workers", "ratio"), [(2, 1.0489), (4, 1.1471), (16, 1.7463), (32, 2.5736)]
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import experiments
+from deploy.experiment import optimizers
 from deploy.main import main
 from paramserver.optimizers import OPTIMIZERS
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
 
 def test_every_optimizer_of_the_registry_is_compared() -> None:
-    compared = {c.optimizer.partition(":")[0] for c in experiments.OPTIMIZERS_COMPARED}
+    compared = {c.optimizer.partition(":")[0] for c in optimizers.OPTIMIZERS_COMPARED}
 
     assert compared == {entry.name for entry in OPTIMIZERS} - {"torch"}
 
@@ -52,7 +52,7 @@ def test_every_optimizer_learns_digits_in_every_form(tmp_path: Path) -> None:
     assert code == 0
     with (out / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * len(experiments.OPTIMIZERS_COMPARED) - 7  # forms that are pushed alone
+    assert len(rows) == 2 * len(optimizers.OPTIMIZERS_COMPARED) - 7  # forms that are pushed alone
     poor = {row["optimizer"]: row["metric"] for row in rows if float(row["metric"]) < 0.5}
     assert not poor
 
@@ -62,5 +62,5 @@ def test_what_does_not_exist_is_said_with_what_does(capsys: pytest.CaptureFixtur
 
     assert codes == [2, 2]
     err = capsys.readouterr().err
-    assert "there is no experiment 'optimisers' (there is optimizers)" in err
+    assert "there is no experiment 'optimisers'; did you mean optimizers? (there are " in err
     assert "only=x names none of: sgd:lr=0.1, " in err

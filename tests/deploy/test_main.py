@@ -24,6 +24,7 @@ from paramserver.optimizers import SGD, Adam
 from paramserver.record import Result
 from paramserver.schedules import MultiStep
 from workers.config import RunConfig
+from workers.local import LocalAdamW
 from workers.task import Task
 
 RECORD: dict[str, Any] = {
@@ -133,7 +134,7 @@ def test_without_flags_digits_are_trained_asynchronously_with_two_workers(
 def test_flags_reach_the_asynchronous_trainer(trainers: type[FakeTrainer]) -> None:
     text = (
         "train --workers 4 --optimizer sgd:lr=0.1 --rule ssp:bound=2 --damping dynsgd --shards 3 "
-        "--compensation gap-aware:decay=0.99 "
+        "--compensation gap-aware:decay=0.99 --local adamw:steps=5,speeds=1/1/1/0.5 "
         "--clip norm:max_norm=1 --schedule multistep:milestones=10/20 --updates 100 --seed 7 "
         "--batch-size 16 --on-nan drop --out here --until accuracy=0.97 --evaluate-every-s 0.5"
     )
@@ -146,6 +147,7 @@ def test_flags_reach_the_asynchronous_trainer(trainers: type[FakeTrainer]) -> No
         "rule": SSP(bound=2),
         "damping": DynSGD(),
         "compensation": GapAware(decay=0.99),
+        "local": LocalAdamW(steps=5, speeds=(1.0, 1.0, 1.0, 0.5)),
         "shards": 3,
     }
     assert trainer.config == RunConfig(
@@ -408,6 +410,16 @@ def test_a_users_module_that_does_not_import_shows_where(
             "train --mode sync --compensation adag",
             "compensation is for mode async only, and this run's is sync",
         ),
+        (
+            "train --mode sync --local sgd",
+            "local is for mode async only, and this run's is sync; rule bsp averages local steps "
+            "there",
+        ),
+        (
+            "train --local sgd:step=3",
+            "--local: local 'sgd' has no key 'step'; it has steps, speeds, lr, momentum, "
+            "weight_decay",
+        ),
         ("train --mode sync --shards 2", "shards is for mode async only, and this run's is sync"),
         ("train --reduce sum", "reduce is for mode sync only, and this run's is async"),
         ("train --collective gloo", "collective is for mode sync only, and this run's is async"),
@@ -415,7 +427,7 @@ def test_a_users_module_that_does_not_import_shows_where(
         (
             "list rule",
             "there is no list of 'rule'; there are tasks, optimizers, rules, dampings, "
-            "compensations, delays, averages, schedules, clips",
+            "compensations, locals, delays, averages, schedules, clips",
         ),
         ("report", "the following arguments are required: DIR"),
         (

@@ -71,6 +71,32 @@ def test_a_recorded_run_is_simulated_with_delays_like_its_own(
     assert "recorded" in (tmp_path / "like" / "report.html").read_text()
 
 
+def test_local_steps_are_simulated_and_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    assert simulate(out, "--local", "sgd:steps=3", "--optimizer", "sgd:lr=1") == 0
+
+    assert main(["replay", str(out)]) == 0
+    assert "equal to the checkpoint's, bit for bit" in capsys.readouterr().out
+    assert "sgd:steps=3" in (out / "report.html").read_text()
+
+
+def test_no_delays_are_fitted_to_local_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = tmp_path / "real"
+    simulate(real, "--local", "sgd:steps=3")
+    for name in ("config.json", "result.json"):
+        text = (real / name).read_text()
+        (real / name).write_text(text.replace('"mode": "simulate"', '"mode": "async"'))
+
+    assert main(["simulate", "--like", str(real), "--out", str(tmp_path / "like")]) == USAGE
+
+    assert "are of several local steps, which take a delay each" in capsys.readouterr().err
+
+
 def test_a_replay_tells_that_all_bits_are_equal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from async_sgd.compensation import COMPENSATIONS, FASGD
+from async_sgd.replay import Replay
 from async_sgd.rules import BSP, SSP
 from async_sgd.trainer import AsyncTrainer
 from paramserver.averaging import AllIterates
@@ -35,6 +36,7 @@ from tests.support.gate import once_at, slowed
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
+from workers.local import LOCALS
 from workers.task import Data, Task, TensorExamples, build_model, evaluate
 from workers.tasks import task
 
@@ -311,3 +313,27 @@ def test_a_program_too_large_for_its_matrix_is_refused_before_anything_starts(
         trainer.fit()
 
     assert not (tmp_path / "run").exists()
+
+
+def test_local_steps_of_real_workers_replay_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    def run(name: str, local: str, updates: int, workers: int, **config: Any) -> Result:
+        keys = {} if "resume" in config else {"out": tmp_path / name}
+        return AsyncTrainer(
+            task("digits"),
+            OPTIMIZERS.parse("nesterov:lr=0.7,momentum=0.5"),
+            RunConfig(workers=workers, updates=updates, evaluate_every_s=0, **keys, **config),
+            local=LOCALS.parse(local),
+            shards=2,
+        ).fit()
+
+    run("both", "adamw:steps=4,speeds=1/0.5", 60, workers=2)
+    whole = run("whole", "sgd:steps=3,lr=0.1", 50, workers=1)
+    run("parts", "sgd:steps=3,lr=0.1", 20, workers=1)
+
+    resumed = run("parts", "sgd:steps=3,lr=0.1", 50, workers=1, resume=tmp_path / "parts")
+
+    assert Replay(tmp_path / "both").run().distance == 0.0
+    assert resumed.metrics == whole.metrics
+    ledger = Ledger.load(tmp_path / "both" / "updates.npz").columns()
+    steps = {w: set(ledger["samples"][ledger["worker"] == w] // 32) for w in range(2)}
+    assert steps == {0: {4}, 1: {2}}

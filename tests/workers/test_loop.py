@@ -12,11 +12,13 @@ from paramserver.client import Client
 from paramserver.clipping import Clip, ClipNorm, ClipValue
 from paramserver.errors import NonFiniteGradientError, TaskError
 from paramserver.layout import Layout
-from paramserver.optimizers import OPTIMIZERS, SGD, Optimizer
+from paramserver.messages import Message
+from paramserver.optimizers import OPTIMIZERS, SGD, AdamW, Momentum, Optimizer
 from paramserver.sequencer import Budget
 from tests.support.clusters import MemoryCluster
 from workers.batches import Batches, step_seed
 from workers.estimate import GradientMode
+from workers.local import LOCALS, Downpour, Local, LocalAdamW, LocalSGD
 from workers.loop import Finished, train
 from workers.task import Batch, Data, Task, TensorExamples, build_data, build_model
 
@@ -60,13 +62,14 @@ class Training:
         incarnation: int = 1,
         clip: Clip | None = None,
         gradient: GradientMode = "reverse",
+        local: Local | None = None,
     ) -> Finished:
         client: Client
         with self.cluster.join(0, incarnation) as client:
             return train(
                 self.task, self.model, self.layout, self.cluster.cuts, client,
                 build_data(self.task).train, batches(self.task), seed=SEED, clip=clip,
-                gradient=gradient,
+                gradient=gradient, local=local,
             )  # fmt: skip
 
 
@@ -196,3 +199,143 @@ def test_random_forward_gradients_are_the_same_when_a_run_is_made_again() -> Non
 
     assert torch.equal(first.cluster.params(), second.cluster.params())
     assert not torch.equal(first.cluster.params(), start)
+
+
+def test_a_forward_gradient_that_is_not_finite_names_its_layer() -> None:
+    def broken(model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model, batch) * math.nan
+
+    task = Task(name="small", model=mlp, data=data, loss=broken, headline="loss")
+
+    with pytest.raises(NonFiniteGradientError, match=r"'0\.weight' is not finite"):
+        Training(task, SGD(lr=0.1)).run(gradient="random")
+
+
+# ---------------------------------------------------------------- steps of the worker's own
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("local", "server", "same"),
+    [
+        (LocalSGD(steps=1, lr=0.1), SGD(lr=1.0), SGD(lr=0.1)),
+        (LocalSGD(steps=3, lr=0.1), SGD(lr=1.0), SGD(lr=0.1)),
+        (LocalSGD(steps=2, lr=0.1, momentum=0.9), SGD(lr=1.0), Momentum(lr=0.1, momentum=0.9)),
+        (LocalAdamW(steps=3, lr=0.01), SGD(lr=1.0), AdamW(lr=0.01)),
+        (Downpour(steps=3, lr=0.1), SGD(lr=0.1), SGD(lr=0.1)),
+    ],
+    ids=["one step", "sgd", "momentum", "adamw", "downpour"],
+)
+def test_one_workers_steps_are_ordinary_training(
+    local: Local, server: Optimizer, same: Optimizer, shards: int
+) -> None:
+    """But for the rounding of w - (w - x), and of a sum of gradients."""
+    num_pushes = STEPS // local.num_steps(0)
+    training = Training(TASK, server, shards=shards, updates=num_pushes)
+
+    finished = training.run(local=local)
+
+    assert finished.clock == num_pushes
+    torch.testing.assert_close(training.cluster.params(), plain(TASK, same), rtol=1e-5, atol=1e-6)
+    assert training.cluster.column("samples") == [8 * local.num_steps(0)] * num_pushes
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_local_steps_have_the_same_bits_on_any_number_of_shards(name: str) -> None:
+    runs = [Training(TASK, SGD(lr=0.7), shards=shards, updates=4) for shards in (1, 3)]
+
+    for training in runs:
+        training.run(local=LOCALS.parse(f"{name}:steps=3"))
+
+    assert torch.equal(runs[0].cluster.params(), runs[1].cluster.params())
+
+
+def test_a_push_tells_the_mean_loss_and_the_length_of_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone, training = Training(TASK, SGD(lr=0.1)), Training(TASK, SGD(lr=1.0), updates=1)
+    before = training.cluster.params().clone()
+    alone.run()
+    norms: list[float] = []
+    on_push = training.cluster.sequencer.on_push
+
+    def heard(push: Message, now: float) -> list[Message]:
+        norms.append(push.norm)
+        return on_push(push, now)
+
+    monkeypatch.setattr(training.cluster.sequencer, "on_push", heard)
+
+    training.run(local=LocalSGD(steps=STEPS, lr=0.1))
+
+    losses = alone.cluster.column("loss")
+    assert training.cluster.column("loss") == pytest.approx([sum(losses) / STEPS])
+    way = float(torch.linalg.vector_norm(training.cluster.params() - before))
+    assert norms == pytest.approx([way], rel=1e-5)
+
+
+def test_the_gradient_of_each_step_is_clipped() -> None:
+    training = Training(TASK, SGD(lr=1.0), updates=2)
+
+    training.run(clip=ClipNorm(max_norm=0.1), local=LocalSGD(steps=3, lr=0.5))
+
+    expected = plain(TASK, SGD(lr=0.5), clip_norm=0.1)
+    torch.testing.assert_close(training.cluster.params(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_worker_that_takes_over_takes_the_steps_the_lost_one_would_have_taken() -> None:
+    local, whole = LocalSGD(steps=3, lr=0.1), Training(TASK, SGD(lr=0.5), updates=4)
+    whole.run(local=local)
+    calls: list[int] = []
+
+    def dying_loss(model: nn.Module, batch: Batch) -> Tensor:
+        calls.append(1)
+        if len(calls) == 8:  # at its second step of clock 2
+            raise RuntimeError("out of memory")
+        return cross_entropy(model, batch)
+
+    task = Task(name="small", model=mlp, data=data, loss=dying_loss, headline="loss", batch_size=8)
+    training = Training(task, SGD(lr=0.5), updates=4)
+    with pytest.raises(TaskError, match="out of memory"):
+        training.run(incarnation=1, local=local)
+    training.model = build_model(task, SEED)
+
+    finished = training.run(incarnation=2, local=local)
+
+    assert finished.clock == 4
+    assert torch.equal(training.cluster.params(), whole.cluster.params())
+
+
+def test_a_step_that_is_not_finite_ends_the_push_and_names_its_layer() -> None:
+    calls: list[int] = []
+
+    def broken(model: nn.Module, batch: Batch) -> Tensor:
+        calls.append(1)
+        return cross_entropy(model, batch) * (math.nan if len(calls) == 2 else 1.0)
+
+    task = Task(name="small", model=mlp, data=data, loss=broken, headline="loss", batch_size=8)
+    training = Training(task, SGD(lr=1.0))
+
+    with pytest.raises(NonFiniteGradientError, match=r"worker 0 at clock 1: .*'0\.weight'"):
+        training.run(local=LocalSGD(steps=3))
+
+    assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_way_that_is_not_finite_names_its_layer() -> None:
+    training = Training(TASK, SGD(lr=1.0), updates=1)
+
+    with pytest.raises(NonFiniteGradientError, match=r"'0\.weight'"):
+        training.run(local=LocalSGD(steps=1, lr=3e38, weight_decay=3e38))
+
+
+@pytest.mark.parametrize("mode", ["forward", "random"])
+def test_steps_may_follow_forward_gradients(mode: GradientMode) -> None:
+    training = Training(TASK, SGD(lr=1.0), updates=3)
+    one_by_one = Training(TASK, SGD(lr=0.01))
+    one_by_one.run(gradient=mode)
+
+    training.run(gradient=mode, local=LocalSGD(steps=2, lr=0.01))
+
+    expected = one_by_one.cluster.params()
+    torch.testing.assert_close(training.cluster.params(), expected, rtol=1e-5, atol=1e-6)

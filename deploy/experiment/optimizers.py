@@ -1,4 +1,4 @@
-"""`paramserver experiment`: named comparisons of many runs, as a table, a CSV file and a plot.
+"""`paramserver experiment optimizers`: every optimizer on one task: a table, a CSV file, a plot.
 
 Each run keeps its own record in the experiment's folder. An experiment that was interrupted goes on
 where it was: runs that have finished are not made again.
@@ -152,20 +152,12 @@ class Row:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the experiment that ``argv`` names."""
-    if not argv or argv[0].startswith("-"):
-        if argv and argv[0] not in ("-h", "--help"):
-            raise UsageError("name an experiment: optimizers")
-        print("usage: paramserver experiment NAME [flags]\n\n  optimizers   every optimizer, in "
-              "both modes, on one task")  # fmt: skip
-        return 0
-    if argv[0] != "optimizers":
-        raise UsageError(f"there is no experiment {argv[0]!r} (there is optimizers)")
+    """Run the comparison as ``argv`` says."""
     parser = Parser(
         "paramserver experiment optimizers",
         "Train one task with every optimizer, in both modes, and compare them.",
     )
-    flags = Flags(ExperimentFlags, {TaskSpec: TASKS}).parse(argv[1:], parser)
+    flags = Flags(ExperimentFlags, {TaskSpec: TASKS}).parse(argv, parser)
     return _optimizers(flags)
 
 

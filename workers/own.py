@@ -1,0 +1,213 @@
+"""A worker's own parameters: what it does with them between a read and a push.
+
+    Travelled   starts anew at each read; pushes how far its optimizer's steps led
+    Accrued     starts anew at each read; pushes the sum of its steps' gradients
+    Tethered    goes on from where it was; pushes the force that draws it back
+
+`workers.local` says what each is for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paramserver.optimizers import Optimizer
+from paramserver.optimizers.base import PushRule
+from workers.estimate import Estimated, Estimator
+from workers.examples import Batch
+from workers.gradients import BoundModel
+
+
+class Own(Protocol):
+    """One worker's own parameters: ``begin, step, …, step, end``, and so on for each push.
+
+    After a gradient that is not finite there is no `end`, and the next `begin` follows.
+    """
+
+    def begin(self, read: Sequence[Tensor], x: Sequence[Tensor]) -> None:
+        """Write where the first gradient is to be computed.
+
+        Args:
+            read: What was read, a vector a shard; it stays as it is until `end`.
+            x: Likewise; overwritten now and by each step. Not kept after `end`.
+        """
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        """Move ``x`` by the gradient at it; ``grads``, shaped likewise, are not changed."""
+
+    def end(self, out: Sequence[Tensor]) -> None:
+        """Write what is to be pushed to ``out``, shaped likewise."""
+
+
+class Travelled:
+    """Steps of an optimizer from what was read; how far they led is pushed. An `Own`.
+
+    It is ``w - x``, not ``x - w``: a server whose SGD has lr=1 ends where the worker did, up to the
+    rounding of ``w - (w - x)``, which is none where no element was more than halved or doubled.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Step as ``optimizer`` does; what it remembers it keeps for the worker's life."""
+        self._optimizer = optimizer
+        self._rule: PushRule | None = None
+        self._params: list[nn.Parameter] = []
+        self._read: Sequence[Tensor] = ()
+
+    def begin(self, read: Sequence[Tensor], x: Sequence[Tensor]) -> None:
+        """Start at what was read."""
+        torch._foreach_copy_(list(x), list(read))
+        self._read = read
+        if self._rule is None:
+            self._params = [nn.Parameter(vector, requires_grad=False) for vector in x]
+            self._rule = self._optimizer.build(self._params)
+        for parameter, vector in zip(self._params, x, strict=True):
+            parameter.data = vector
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        """Take the optimizer's step."""
+        assert self._rule is not None, "begin comes first"
+        self._rule.apply(grads)
+
+    def end(self, out: Sequence[Tensor]) -> None:
+        """Write the way from where the worker is to what it had read."""
+        for vector, w, x in zip(out, self._read, self._params, strict=True):
+            torch.sub(w, x.data, out=vector)
+            x.data = w.new_empty(0)  # others may need its memory
+        self._read = ()
+
+
+class Accrued:
+    """Plain SGD steps from what was read; the sum of their gradients is pushed. An `Own`."""
+
+    def __init__(self, lr: float) -> None:
+        """Take steps of learning rate ``lr``."""
+        self._lr = lr
+        self._x: Sequence[Tensor] = ()
+        self._sum: list[Tensor] = []
+
+    def begin(self, read: Sequence[Tensor], x: Sequence[Tensor]) -> None:
+        """Start at what was read, with a sum of 0."""
+        torch._foreach_copy_(list(x), list(read))
+        self._x, self._sum = x, [torch.zeros_like(vector) for vector in x]
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        """Step, and add the gradient to the sum."""
+        for x, total, grad in zip(self._x, self._sum, grads, strict=True):
+            x.sub_(grad, alpha=self._lr)
+            total.add_(grad)
+
+    def end(self, out: Sequence[Tensor]) -> None:
+        """Write the sum."""
+        torch._foreach_copy_(list(out), self._sum)
+        self._x, self._sum = (), []
+
+
+class Tethered:
+    """Steps of a worker that never starts anew, and is drawn to the centre. An `Own`.
+
+    With its parameters x, velocity v and the centre c that it has just read:
+
+        e = alpha (x - c)                          before the first step
+        v ← momentum v - lr g(x + momentum v)      each step
+        x ← x + v                                  each step; the first takes off e as well
+        push -e                                    after the last
+    """
+
+    def __init__(self, lr: float, alpha: float, momentum: float) -> None:
+        """Step by ``lr`` and ``momentum``, drawn with strength ``alpha``."""
+        self._lr, self._alpha, self._momentum = lr, alpha, momentum
+        self._own: list[Tensor] = []
+        self._velocity: list[Tensor] = []
+        self._force: list[Tensor] = []
+        self._shown: Sequence[Tensor] = ()
+        self._is_drawn = False
+
+    def begin(self, read: Sequence[Tensor], x: Sequence[Tensor]) -> None:
+        """Measure the force; a worker that begins is at the centre, where there is none."""
+        if not self._own:
+            self._own = [vector.clone() for vector in read]
+            self._velocity = [torch.zeros_like(vector) for vector in read if self._momentum]
+        self._force = [
+            torch.sub(mine, centre).mul_(self._alpha)
+            for mine, centre in zip(self._own, read, strict=True)
+        ]
+        self._shown, self._is_drawn = x, False
+        self._show()
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        """Step; the first one gives in to the force, too."""
+        if self._momentum:
+            torch._foreach_mul_(self._velocity, self._momentum)
+            torch._foreach_add_(self._velocity, list(grads), alpha=-self._lr)
+            torch._foreach_add_(self._own, self._velocity)
+        else:
+            torch._foreach_add_(self._own, list(grads), alpha=-self._lr)
+        if not self._is_drawn:
+            torch._foreach_sub_(self._own, self._force)
+            self._is_drawn = True
+        self._show()
+
+    def end(self, out: Sequence[Tensor]) -> None:
+        """Write the force's opposite, which the server subtracts from the centre."""
+        for vector, force in zip(out, self._force, strict=True):
+            torch.neg(force, out=vector)
+        self._shown, self._force = (), []
+
+    def _show(self) -> None:
+        torch._foreach_copy_(list(self._shown), self._own)
+        if self._momentum:
+            torch._foreach_add_(list(self._shown), self._velocity, alpha=self._momentum)
+
+
+class Work:
+    """What a worker does between a read and a push: a gradient, or several steps of its own."""
+
+    def __init__(self, compute: Estimator, bound: BoundModel, slots: Sequence[Tensor]) -> None:
+        """Compute by ``compute``, which writes the gradients of ``bound`` to ``slots``."""
+        self._compute, self._bound, self._slots = compute, bound, slots
+        self._x: list[Tensor] = []  # made when it is needed
+
+    def __call__(
+        self,
+        own: Own | None,
+        read: Sequence[Tensor],
+        worker: int,
+        steps: range,
+        batch: Batch,
+        batch_of: Callable[[int], Batch],
+    ) -> Estimated:
+        """Leave what is to be pushed in the slots.
+
+        Args:
+            own: The worker's parameters; None for a gradient at what it has read.
+            read: What it has read, a vector a shard.
+            worker: Its number.
+            steps: Their numbers, which stand for the clock in all that is random in them.
+            batch: The first step's, for which torch was seeded.
+            batch_of: Seeds torch for another step and returns its batch.
+        """
+        if own is None:
+            self._bound.read(read)
+            return self._compute(batch, worker, steps.start)
+        if not self._x:
+            self._x = [torch.empty_like(slot) for slot in self._slots]
+        own.begin(read, self._x)
+        total = 0.0
+        for taken, step in enumerate(steps, start=1):
+            if taken > 1:
+                batch = batch_of(step)
+            self._bound.read(self._x)
+            done = self._compute(batch, worker, step)
+            if done.layer:
+                return Estimated(done.loss, math.nan, done.layer, steps=taken)
+            own.step(self._slots)
+            total += done.loss
+        own.end(self._slots)
+        loss, norm = total / len(steps), self._bound.gradient_norm()
+        layer = "" if math.isfinite(norm) else self._bound.nonfinite_layer()
+        return Estimated(loss, norm if math.isfinite(norm) else math.nan, layer, steps=len(steps))
