@@ -375,7 +375,7 @@ def test_a_compensator_sees_what_the_pusher_read_whoever_pushed_meanwhile() -> N
     read(s, 0)
     read(s, 1)
     for version, worker in enumerate([0, 0, 1], start=1):
-        take(s, vector(version), version, worker)
+        take(s, vector(version), version, worker, staleness=2 * worker)
         read(s, worker)
         iterates.append(s.snapshots.params.clone())
 
