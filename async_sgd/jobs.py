@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from paramserver.clipping import Clip
-from paramserver.errors import TaskError
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step, step_seed
 from workers.estimate import Estimated, Estimator, GradientMode
@@ -33,7 +32,7 @@ from workers.functional import Params, PureLoss
 from workers.gradients import BoundModel
 from workers.local import Local, steps_of
 from workers.own import Own, Work
-from workers.task import Task
+from workers.task import Task, user_code
 
 _BATCH_BYTES = 128 * 2**20
 """Parameters that the jobs of one batch may have in all, at most."""
@@ -236,7 +235,7 @@ class Batched:
             return
         found = self._gradients(points, [Step(job.worker, job.clock) for job in jobs])
         for job, (grad, done) in zip(jobs, found, strict=True):
-            job.grad, job.done = grad, done
+            job.grad, job.done = grad.clone(), done  # a row would keep all the others alive
 
     def _take_steps(self, jobs: Sequence[Job], owns: Sequence[Own], points: Tensor) -> None:
         """Take the steps of all ``jobs``, each at its row of ``points``, side by side."""
@@ -253,7 +252,8 @@ class Batched:
             found = self._gradients(points[under_way], now)
             for row, (grad, done) in zip(under_way, found, strict=True):
                 if done.layer:
-                    jobs[row].grad, jobs[row].done = grad, replace(done, steps=ahead + 1)
+                    jobs[row].grad = grad.clone()  # a row would keep all the others alive
+                    jobs[row].done = replace(done, steps=ahead + 1)
                 else:
                     owns[row].step([grad])
                     losses[row] += done.loss
@@ -274,13 +274,9 @@ class Batched:
         def loss_of(params: Params, batch: Batch) -> Tensor:
             return self._pure.loss(params, batch, seed)
 
-        try:
+        what = f"the loss of task {self._task.name!r} over many jobs at once (leave batched out)"
+        with user_code(what):
             slopes, losses = vmap(grad_and_value(loss_of), randomness="different")(params, batch)
-        except Exception as error:  # the task's own code may raise anything
-            raise TaskError(
-                f"the loss of task {self._task.name!r} failed over many jobs at once: {error}; "
-                "compute them one by one"
-            ) from error
         grads = self._pure.join(slopes, torch.zeros_like(points))
         norms = torch.linalg.vector_norm(grads, dim=1)
         found = []

@@ -28,9 +28,9 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from async_sgd.delays import Delays
 from async_sgd.jobs import Gradients, Job
 from async_sgd.local_server import LocalServer
+from async_sgd.streams import Delays
 from paramserver.errors import ParamServerError, StragglerTimeoutError
 from paramserver.sequencer import Sequencer
 from paramserver.shard import Shard

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from async_sgd.calibration import Calibration, distance
-from async_sgd.delays import DELAYS, DelayLaw, Delays, Exponential, Stream
+from async_sgd.delays import DELAYS, DelayLaw, Exponential
 from async_sgd.jobs import Batched, Gradients, OneByOne, Samples
 from async_sgd.local_server import torch_threads
 from async_sgd.network import Network
 from async_sgd.plan import Plan
 from async_sgd.setup import Ready, Setup
 from async_sgd.simulation import Buffers, Change, Simulation, Times, late_joiners
+from async_sgd.streams import Delays, Stream
 from paramserver.compensation import Compensation
 from paramserver.errors import ParamServerError, ResourceError, RunFailedError
 from paramserver.optimizers import AnyOptimizer

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from async_sgd.delays import DelayLaw, Delays, Stream
+from async_sgd.delays import DelayLaw
 from async_sgd.jobs import Job
 from async_sgd.simulation import Buffers, Simulation, Times
+from async_sgd.streams import Delays, Stream
 from paramserver.optimizers import SGD
 from paramserver.optimizers.base import Optimizer
 from paramserver.rules import RuleSpec

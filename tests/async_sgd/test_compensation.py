@@ -20,12 +20,12 @@ from paramserver.compensation import (
     without_compensation,
 )
 from paramserver.errors import CheckpointError, PluginError
-from paramserver.messages import Action, Kind, Message
+from paramserver.messages import Kind
 from paramserver.optimizers import SGD, Momentum, Optimizer
-from paramserver.reshard import OptimizerState, gather_state, scatter_state
-from paramserver.schedules import Exponential, Schedule
-from paramserver.shard import Shard
+from paramserver.reshard import OptimizerState, scatter_state
+from paramserver.schedules import Exponential
 from tests.support.clusters import MemoryCluster, split
+from tests.support.fleet import Fleet
 
 NUMEL, WORKERS = 192, 4
 NAMES = [entry.name for entry in COMPENSATIONS]
@@ -51,91 +51,25 @@ def arrivals(num: int, workers: int = WORKERS) -> list[int]:
     return [rng.randrange(workers) for _ in range(num)]
 
 
-class Fleet:
-    """Shards, and workers that have read from them; a push is followed by a read."""
-
-    def __init__(
-        self,
-        compensation: Compensation | None,
-        params: Tensor | None = None,
-        *,
-        shards: int = 1,
-        workers: int = WORKERS,
-        optimizer: Optimizer | None = None,
-        schedule: Schedule | None = None,
-        version: int = 0,
-    ) -> None:
-        params = torch.zeros(NUMEL) if params is None else params
-        self.cuts = (range(len(params)),) if shards == 1 else split(len(params), shards)
-        self._buffers = [
-            [params.new_zeros(len(cut)) for _ in range(workers + 1)] for cut in self.cuts
-        ]
-        self.shards = [
-            Shard(
-                params[cut.start : cut.stop],
-                optimizer or SGD(lr=LR),
-                buffers,
-                schedule=schedule,
-                compensation=compensation,
-                version=version,
-            )
-            for cut, buffers in zip(self.cuts, self._buffers, strict=True)
-        ]
-        self.read: dict[int, Tensor] = {}
-        self.read_versions: dict[int, int] = {}
-        for worker in range(workers):
-            self.reads(worker)
-
-    def reads(self, worker: int) -> None:
-        order = Message(Kind.ORDER, Action.READ, worker, version=self.version)
-        leases = [shard.execute(order) for shard in self.shards]
-        self.read_versions[worker] = self.version
-        self.read[worker] = torch.cat(
-            [b[lease.buffer] for b, lease in zip(self._buffers, leases, strict=True) if lease]
-        )
-
-    def pushes(self, worker: int, grad: Tensor) -> None:
-        order = Message(
-            Kind.ORDER, Action.TAKE, worker, 1, 1, version=self.version + 1, samples=1, step=1,
-            scale=1.0, staleness=self.version - self.read_versions[worker],
-        )  # fmt: skip
-        for cut, shard in zip(self.cuts, self.shards, strict=True):
-            shard.hold(worker, 1, 1, grad[cut.start : cut.stop].clone())
-            shard.execute(order)
-        self.reads(worker)
-
-    def train(self, order: list[int], seed: int = 0) -> Tensor:
-        for step, worker in enumerate(order, start=seed):
-            self.pushes(worker, gradient(self.read[worker], step))
-        return self.params
-
-    def saves(self) -> OptimizerState:
-        order = Message(Kind.ORDER, Action.SAVE, -1, version=self.version)
-        parts = []
-        for cut, shard in zip(self.cuts, self.shards, strict=True):
-            shard.execute(order)
-            assert shard.saved is not None
-            parts.append((cut, shard.saved.rule))
-        return gather_state(parts)
-
-    def restores(self, state: OptimizerState) -> None:
-        for cut, shard in zip(self.cuts, self.shards, strict=True):
-            shard.restore(scatter_state(state, cut), None)
-
-    @property
-    def version(self) -> int:
-        return self.shards[0].version
-
-    @property
-    def params(self) -> Tensor:
-        return torch.cat([shard.snapshots.params for shard in self.shards]).clone()
+def fleet_of(
+    compensation: Compensation | None,
+    params: Tensor | None = None,
+    *,
+    shards: int = 1,
+    optimizer: Optimizer | None = None,
+    **options: Any,
+) -> Fleet:
+    params = torch.zeros(NUMEL) if params is None else params
+    cuts = None if shards == 1 else split(len(params), shards)
+    options = {"workers": WORKERS, "compensation": compensation, "cuts": cuts, **options}
+    return Fleet(optimizer or SGD(lr=LR), params, gradient, **options)
 
 
 @pytest.mark.parametrize("compensation", [DCASGD(strength=0), AdaptiveDCASGD(strength=0)])
 def test_without_strength_it_is_plain_asgd_bit_for_bit(compensation: Compensation) -> None:
     order = arrivals(200)
 
-    assert torch.equal(Fleet(compensation).train(order), Fleet(None).train(order))
+    assert torch.equal(fleet_of(compensation).train(order), fleet_of(None).train(order))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"fasgd"}))
@@ -143,16 +77,18 @@ def test_without_strength_it_is_plain_asgd_bit_for_bit(compensation: Compensatio
 def test_a_worker_alone_is_plain_sgd_bit_for_bit(name: str, optimizer: Optimizer) -> None:
     order, keys = [0] * 100, {"workers": 1, "optimizer": optimizer}
 
-    compensated = Fleet(COMPENSATIONS.parse(name), **keys).train(order)  # type: ignore[arg-type]
+    compensated = fleet_of(COMPENSATIONS.parse(name), **keys).train(order)
 
-    assert torch.equal(compensated, Fleet(None, **keys).train(order))  # type: ignore[arg-type]
+    assert torch.equal(compensated, fleet_of(None, **keys).train(order))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_several_workers_are_corrected(name: str) -> None:
     order = arrivals(20)
 
-    assert not torch.equal(Fleet(COMPENSATIONS.parse(name)).train(order), Fleet(None).train(order))
+    assert not torch.equal(
+        fleet_of(COMPENSATIONS.parse(name)).train(order), fleet_of(None).train(order)
+    )
 
 
 class ExactCurvature:
@@ -185,7 +121,7 @@ def test_with_the_exact_hessian_it_is_sequential_sgd_in_order_of_arrival() -> No
     roots, centres = noise(0, 20, 8, 8), noise(1, 20, 8)
     hessians = roots @ roots.mT / 8
     rng, exact = random.Random(2), ExactCurvature()
-    fleet = Fleet(exact, torch.zeros(8, dtype=torch.float64), workers=6)
+    fleet = fleet_of(exact, torch.zeros(8, dtype=torch.float64), workers=6)
     sequential, worst = torch.zeros(8, dtype=torch.float64), 0.0
     batches = {worker: rng.randrange(20) for worker in range(6)}
 
@@ -193,7 +129,7 @@ def test_with_the_exact_hessian_it_is_sequential_sgd_in_order_of_arrival() -> No
         worker = rng.randrange(6)
         batch = batches[worker]
         exact.hessians[worker] = hessians[batch]
-        fleet.pushes(worker, hessians[batch] @ (fleet.read[worker] - centres[batch]))
+        fleet.push(worker, hessians[batch] @ (fleet.seen[worker] - centres[batch]))
         batches[worker] = rng.randrange(20)
         sequential -= LR * hessians[batch] @ (sequential - centres[batch])
         worst = max(worst, float((fleet.params - sequential).abs().max()))
@@ -266,7 +202,7 @@ def test_it_is_its_formula_in_a_plain_loop(name: str) -> None:
         w = w - lr * loop.send((g, w - read, version - at, lr))
         reads[worker] = (w, version + 1)
 
-    fleet = Fleet(
+    fleet = fleet_of(
         COMPENSATIONS.parse(name),
         torch.zeros(NUMEL, dtype=torch.float64),
         schedule=Exponential(gamma=GAMMA),
@@ -317,9 +253,9 @@ def test_a_gap_is_left_alone_before_the_first_update_that_it_could_be_counted_in
 def test_any_number_of_shards_gives_the_same_bits(name: str) -> None:
     order = arrivals(200)
 
-    cut = Fleet(COMPENSATIONS.parse(name), shards=3).train(order)
+    cut = fleet_of(COMPENSATIONS.parse(name), shards=3).train(order)
 
-    assert torch.equal(cut, Fleet(COMPENSATIONS.parse(name)).train(order))
+    assert torch.equal(cut, fleet_of(COMPENSATIONS.parse(name)).train(order))
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (3, 1)])
@@ -328,15 +264,14 @@ def test_a_saved_run_goes_on_bit_for_bit_on_any_number_of_shards(
     name: str, before: int, after: int
 ) -> None:
     compensation, order = COMPENSATIONS.parse(name), arrivals(60)
-    whole = Fleet(compensation, shards=before)
+    whole = fleet_of(compensation, shards=before)
     whole.train(order[:30])
     for worker in range(WORKERS):  # as workers do that join the resumed run
-        whole.reads(worker)
-    state, params = whole.saves(), whole.params
+        whole.read(worker)
+    state, params = whole.saved(), whole.params
     whole.train(order[30:], seed=30)
 
-    resumed = Fleet(compensation, params, shards=after, version=30)
-    resumed.restores(state)
+    resumed = fleet_of(compensation, params, shards=after, version=30, state=state)
     resumed.train(order[30:], seed=30)
 
     assert torch.equal(resumed.params, whole.params)
@@ -344,9 +279,9 @@ def test_a_saved_run_goes_on_bit_for_bit_on_any_number_of_shards(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_saved_does_not_move(name: str) -> None:
-    fleet = Fleet(COMPENSATIONS.parse(name))
+    fleet = fleet_of(COMPENSATIONS.parse(name))
     fleet.train(arrivals(5))
-    state = fleet.saves()
+    state = fleet.saved()
     before = {key: tensor.clone() for key, tensor in state.tensors.items()}
 
     fleet.train(arrivals(5))
@@ -355,9 +290,9 @@ def test_what_was_saved_does_not_move(name: str) -> None:
 
 
 def saved_by(name: str | None) -> OptimizerState:
-    fleet = Fleet(None if name is None else COMPENSATIONS.parse(name))
+    fleet = fleet_of(None if name is None else COMPENSATIONS.parse(name))
     fleet.train(arrivals(3))
-    return fleet.saves()
+    return fleet.saved()
 
 
 @pytest.mark.parametrize("name", [None, *NAMES])

@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats  # type: ignore[import-untyped]
 
-from async_sgd.delays import DELAYS, DelayLaw, Delays, Gamma, Stream, Trace
+from async_sgd.delays import DELAYS, DelayLaw, Gamma, Trace
+from async_sgd.streams import Delays, Stream
 from paramserver.errors import PluginError, RecordError
 from paramserver.ledger import Ledger
 from workers.batches import _PARTITION, _PASS

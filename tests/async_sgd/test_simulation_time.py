@@ -16,8 +16,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from async_sgd.delays import Stream
 from async_sgd.network import Network
+from async_sgd.streams import Stream
 from tests.support.virtual import columns, delays, simulation
 
 Array = NDArray[np.float64]

@@ -19,7 +19,7 @@ from async_sgd.compensation import DCASGD
 from paramserver.averaging import AllIterates
 from paramserver.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from paramserver.layout import Layout
-from paramserver.messages import Action, Kind, Message
+from paramserver.messages import Action
 from paramserver.optimizers import (
     DANA,
     DANARule,
@@ -30,9 +30,8 @@ from paramserver.optimizers import (
     Nesterov,
     Optimizer,
 )
-from paramserver.reshard import OptimizerState, gather_state, scatter_state
 from paramserver.schedules import Exponential
-from paramserver.shard import Shard
+from tests.support.fleet import Fleet
 
 LAYOUT = Layout.of(nn.Linear(11, 16))  # three blocks of 64 elements
 NUMEL, WORKERS = LAYOUT.numel, 4
@@ -73,72 +72,8 @@ def arrivals(num: int, workers: int = WORKERS) -> list[int]:
     return [rng.randrange(workers) for _ in range(num)]
 
 
-class Fleet:
-    """Shards, and workers that have read from them; who pushes reads again."""
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        params: Tensor = START,
-        *,
-        cuts: Sequence[range] | None = None,
-        workers: int = WORKERS,
-        version: int = 0,
-        state: OptimizerState | None = None,
-        **shard: Any,
-    ) -> None:
-        self.cuts = cuts or (range(len(params)),)
-        self._buffers = [
-            [params.new_zeros(len(cut)) for _ in range(workers + 2)] for cut in self.cuts
-        ]
-        self.shards = [
-            Shard(params[cut.start : cut.stop], optimizer, buffers, version=version, **shard)
-            for cut, buffers in zip(self.cuts, self._buffers, strict=True)
-        ]
-        if state is not None:
-            for cut, one in zip(self.cuts, self.shards, strict=True):
-                one.restore(scatter_state(state, cut), state.schedule)
-        self.seen: dict[int, Tensor] = {}
-        for worker in range(workers):
-            self.read(worker)
-
-    def order(self, action: Action, reader: int) -> list[Any]:
-        order = Message(Kind.ORDER, action, reader, version=self.version)
-        return [shard.execute(order) for shard in self.shards]
-
-    def read(self, reader: int) -> Tensor:
-        leases = self.order(Action.READ, reader)
-        both = zip(self._buffers, leases, strict=True)
-        self.seen[reader] = torch.cat([buffers[lease.buffer] for buffers, lease in both])
-        return self.seen[reader]
-
-    def push(self, worker: int, grad: Tensor, scale: float = 1.0) -> None:
-        order = Message(
-            Kind.ORDER, Action.TAKE, worker, 1, 1, version=self.version + 1, samples=1, step=1,
-            scale=scale,
-        )  # fmt: skip
-        for cut, shard in zip(self.cuts, self.shards, strict=True):
-            shard.hold(worker, 1, 1, grad[cut.start : cut.stop].clone())
-            shard.execute(order)
-        self.read(worker)
-
-    def train(self, order: Sequence[int], seed: int = 0) -> Tensor:
-        for step, worker in enumerate(order, start=seed):
-            self.push(worker, gradient(self.seen[worker], step))
-        return self.params
-
-    def saved(self) -> OptimizerState:
-        self.order(Action.SAVE, -1)
-        parts = [shard.saved.rule for shard in self.shards if shard.saved is not None]
-        return gather_state(list(zip(self.cuts, parts, strict=True)))
-
-    @property
-    def version(self) -> int:
-        return self.shards[0].version
-
-    @property
-    def params(self) -> Tensor:
-        return torch.cat([shard.snapshots.params for shard in self.shards]).clone()
+def fleet_of(optimizer: Optimizer, params: Tensor = START, **options: Any) -> Fleet:
+    return Fleet(optimizer, params, gradient, **{"workers": WORKERS, **options})
 
 
 def rule_of(fleet: Fleet) -> DANARule:
@@ -156,7 +91,7 @@ T = 7
 
 def constant(spec: Optimizer, pushes: int, workers: int = 1) -> tuple[float, float]:
     """Return where equal gradients lead from 0, workers taking turns, and what is shown there."""
-    fleet = Fleet(spec, torch.zeros(1, dtype=torch.float64), workers=workers)
+    fleet = fleet_of(spec, torch.zeros(1, dtype=torch.float64), workers=workers)
     grad = torch.full((1,), G, dtype=torch.float64)
     for number in range(pushes):
         fleet.push(number % workers, grad)
@@ -208,7 +143,7 @@ def test_delayed_nesterov_moves_straight_between_its_momentum_steps() -> None:
 
 def closed_loop(spec: Optimizer, start: Tensor, steps: int = 30) -> list[Tensor]:
     """Return what one worker is shown from the start on, and last the parameters."""
-    fleet = Fleet(spec, start, workers=1)
+    fleet = fleet_of(spec, start, workers=1)
     shown = [fleet.seen[0].clone()]
     for step in range(steps):
         fleet.push(0, gradient(fleet.seen[0], step))
@@ -272,7 +207,7 @@ def test_dana_with_one_worker_is_nesterov_in_numpy() -> None:
 
 def test_dana_slim_is_dana_seen_at_the_look_ahead() -> None:
     keys = {"lr": LR, "momentum": MU}
-    dana, slim = Fleet(DANA(**keys)), Fleet(DANASlim(**keys))
+    dana, slim = fleet_of(DANA(**keys)), fleet_of(DANASlim(**keys))
 
     for step, worker in enumerate(arrivals(200)):
         for fleet in (dana, slim):
@@ -290,7 +225,7 @@ def test_delayed_nesterov_with_every_push_is_torchs_nesterov_in_its_plain_kernel
     spec = DelayedNesterov(lr=LR, momentum=MU, every=1, weight_decay=weight_decay)
     order = arrivals(50)
 
-    found = Fleet(spec, START.to(dtype)).train(order)
+    found = fleet_of(spec, START.to(dtype)).train(order)
 
     w = nn.Parameter(START.to(dtype))
     plain = torch.optim.SGD(
@@ -306,11 +241,11 @@ def test_delayed_nesterov_with_every_push_is_torchs_nesterov_in_its_plain_kernel
 
 def test_n_pushes_of_delayed_nesterov_are_one_nesterov_step_by_their_mean() -> None:
     grads = [noise(seed) for seed in range(12)]
-    fleet = Fleet(DelayedNesterov(lr=LR, momentum=MU, every=4))
+    fleet = fleet_of(DelayedNesterov(lr=LR, momentum=MU, every=4))
     for number, grad in enumerate(grads):
         fleet.push(number % WORKERS, grad)
 
-    whole = Fleet(Nesterov(lr=LR, momentum=MU))
+    whole = fleet_of(Nesterov(lr=LR, momentum=MU))
     for first in range(0, 12, 4):
         whole.push(0, torch.stack(grads[first : first + 4]).mean(0))
 
@@ -351,7 +286,7 @@ def formulas(spec: Any, order: Sequence[int], gamma: float, scales: Sequence[flo
 def test_four_workers_in_any_order_follow_the_formulas(spec: Any) -> None:
     order, rng = arrivals(300), random.Random(1)
     scales = [rng.choice([1.0, 0.5, 0.25]) for _ in order]
-    fleet = Fleet(spec, schedule=Exponential(gamma=0.995))
+    fleet = fleet_of(spec, schedule=Exponential(gamma=0.995))
 
     for step, (worker, scale) in enumerate(zip(order, scales, strict=True)):
         fleet.push(worker, gradient(fleet.seen[worker], step), scale)
@@ -361,7 +296,7 @@ def test_four_workers_in_any_order_follow_the_formulas(spec: Any) -> None:
 
 
 def test_what_rounding_has_left_in_the_sum_of_velocities_does_not_stay() -> None:
-    fleet = Fleet(DANA(lr=1e-3, momentum=0.9), START.float())
+    fleet = fleet_of(DANA(lr=1e-3, momentum=0.9), START.float())
     for step, worker in enumerate(arrivals(40)):
         fleet.push(worker, 1e6 * noise(step).float())
 
@@ -375,7 +310,7 @@ def test_what_rounding_has_left_in_the_sum_of_velocities_does_not_stay() -> None
 def test_compensation_under_dana_is_measured_from_what_was_shown() -> None:
     strength, order = 2.0, arrivals(100)
 
-    found = Fleet(DANA(lr=LR, momentum=MU), compensation=DCASGD(strength=strength)).train(order)
+    found = fleet_of(DANA(lr=LR, momentum=MU), compensation=DCASGD(strength=strength)).train(order)
 
     w, v = START.numpy().copy(), np.zeros((WORKERS, NUMEL))
     read = np.stack([w] * WORKERS)
@@ -393,7 +328,7 @@ def test_compensation_under_dana_is_measured_from_what_was_shown() -> None:
 @every_spec
 def test_three_shards_have_the_bits_of_one(spec: Any) -> None:
     order, cuts = arrivals(100), LAYOUT.cuts(3)
-    one, three = Fleet(spec, START.float()), Fleet(spec, START.float(), cuts=cuts)
+    one, three = fleet_of(spec, START.float()), fleet_of(spec, START.float(), cuts=cuts)
 
     assert torch.equal(three.train(order), one.train(order))
     assert all(torch.equal(three.seen[w], one.seen[w]) for w in range(WORKERS))
@@ -401,12 +336,12 @@ def test_three_shards_have_the_bits_of_one(spec: Any) -> None:
 
 @every_spec
 def test_what_was_saved_goes_on_in_other_shards_to_the_bit(spec: Any, tmp_path: Path) -> None:
-    fleet = Fleet(spec, START.float(), cuts=LAYOUT.cuts(3))
+    fleet = fleet_of(spec, START.float(), cuts=LAYOUT.cuts(3))
     fleet.train(arrivals(30))
     saved = Checkpoint(LAYOUT, 30, fleet.params, {}, fleet.saved())
     save_checkpoint(tmp_path, saved)
     loaded = load_checkpoint(tmp_path)
-    again = Fleet(
+    again = fleet_of(
         spec, loaded.params, cuts=LAYOUT.cuts(2), version=loaded.version, state=loaded.state
     )
 
@@ -421,16 +356,16 @@ def test_what_was_saved_goes_on_in_other_shards_to_the_bit(spec: Any, tmp_path: 
 
 def test_one_worker_goes_on_at_the_point_it_would_have_been_shown() -> None:
     spec = DANA(lr=LR, momentum=MU)
-    fleet = Fleet(spec, START.float(), workers=1)
+    fleet = fleet_of(spec, START.float(), workers=1)
     fleet.train([0] * 10)
-    again = Fleet(spec, fleet.params, workers=1, version=10, state=fleet.saved())
+    again = fleet_of(spec, fleet.params, workers=1, version=10, state=fleet.saved())
 
     assert torch.equal(again.seen[0], fleet.seen[0])
     assert torch.equal(again.train([0] * 10, seed=10), fleet.train([0] * 10, seed=10))
 
 
 def test_a_velocity_is_kept_for_each_worker_that_has_pushed() -> None:
-    fleet = Fleet(LocalMomentum(lr=LR), workers=6)
+    fleet = fleet_of(LocalMomentum(lr=LR), workers=6)
 
     fleet.train([4, 1, 4])
 
@@ -442,7 +377,7 @@ def test_a_velocity_is_kept_for_each_worker_that_has_pushed() -> None:
 
 @pytest.mark.parametrize("average", [None, AllIterates(start=1000)])
 def test_workers_see_the_look_ahead_and_readers_the_parameters(average: Any) -> None:
-    fleet = Fleet(DANA(lr=LR, momentum=MU), average=average)
+    fleet = fleet_of(DANA(lr=LR, momentum=MU), average=average)
     fleet.train(arrivals(20))
     fleet.order(Action.SAVE, -1)
 
@@ -457,7 +392,7 @@ def test_workers_see_the_look_ahead_and_readers_the_parameters(average: Any) -> 
 
 
 def test_what_a_worker_was_shown_stays_until_it_has_pushed() -> None:
-    fleet = Fleet(DANA(lr=LR, momentum=MU), workers=2)
+    fleet = fleet_of(DANA(lr=LR, momentum=MU), workers=2)
     fleet.train([0, 1])
     (lease,) = fleet.order(Action.READ, 1)
     shown = fleet._buffers[0][lease.buffer]
@@ -472,7 +407,7 @@ def test_what_a_worker_was_shown_stays_until_it_has_pushed() -> None:
 
 
 def test_who_leaves_is_not_counted_until_another_comes_in_its_place() -> None:
-    fleet = Fleet(DANA(lr=LR, momentum=MU), workers=2)
+    fleet = fleet_of(DANA(lr=LR, momentum=MU), workers=2)
     fleet.train([0, 1, 0, 1])
     first, second = (fleet.saved().tensors[f"velocity.{worker}"] for worker in (0, 1))
 
@@ -487,7 +422,7 @@ def test_who_leaves_is_not_counted_until_another_comes_in_its_place() -> None:
 
 @pytest.mark.parametrize("spec", [LocalMomentum(lr=LR), DANA(lr=LR), DANASlim(lr=LR)])
 def test_a_worker_in_the_place_of_another_goes_on_with_its_velocity(spec: Optimizer) -> None:
-    undisturbed, disturbed = Fleet(spec, workers=2), Fleet(spec, workers=2)
+    undisturbed, disturbed = fleet_of(spec, workers=2), fleet_of(spec, workers=2)
     for fleet in (undisturbed, disturbed):
         fleet.train([0, 1, 0, 1])
     disturbed.order(Action.LEAVE, 1)
@@ -500,7 +435,7 @@ def test_a_worker_in_the_place_of_another_goes_on_with_its_velocity(spec: Optimi
 
 
 def test_a_worker_that_is_gone_for_good_leads_nobody_away() -> None:
-    fleet = Fleet(DANA(lr=LR, momentum=MU), workers=2)
+    fleet = fleet_of(DANA(lr=LR, momentum=MU), workers=2)
     for worker in (0, 1, 0, 1):
         fleet.push(worker, CURVATURE * (fleet.seen[worker] - 1))
     assert fleet.saved().tensors["velocity.1"].abs().max() > 0.1
@@ -517,7 +452,7 @@ EVENTS = st.tuples(st.sampled_from(["push", "drop", "leave", "read"]), st.intege
 
 @given(st.lists(EVENTS, max_size=60))
 def test_one_buffer_a_reader_and_one_more_are_always_enough(events: list[tuple[str, int]]) -> None:
-    fleet = Fleet(DANA(lr=LR))  # as many as four workers and an evaluator need
+    fleet = fleet_of(DANA(lr=LR))  # as many as four workers and an evaluator need
 
     for what, reader in events:
         if what == "push" and reader in fleet.seen and reader >= 0:

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from async_sgd.delays import DELAYS, DelayLaw, Delays, Stream
+from async_sgd.delays import DELAYS, DelayLaw
 from async_sgd.jobs import Batched, Gradients, Job, OneByOne, Samples
 from async_sgd.rules import RULES
 from async_sgd.simulation import Buffers, Change, Simulation, Times, late_joiners
+from async_sgd.streams import Delays, Stream
 from paramserver.clipping import Clip
 from paramserver.layout import Layout
 from paramserver.optimizers import SGD

@@ -315,6 +315,7 @@ def test_a_program_too_large_for_its_matrix_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_local_steps_of_real_workers_replay_and_resume_bit_for_bit(tmp_path: Path) -> None:
     def run(name: str, local: str, updates: int, workers: int, **config: Any) -> Result:
         keys = {} if "resume" in config else {"out": tmp_path / name}
