@@ -117,6 +117,8 @@ def _fill(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
             look |= {"linestyle": "none", "marker": "o", "markersize": 3.6}
         elif line.is_theory:
             look["linewidth"] = 0.9
+        elif np.size(line.x) == 1:  # a line of one point would not be seen
+            look |= {"marker": "o", "markersize": 3.6}
         axes.plot(line.x, line.y, **look)
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_label)

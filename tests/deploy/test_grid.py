@@ -341,6 +341,7 @@ def in_ray() -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 @pytest.mark.system
 def test_runs_made_in_parallel_are_those_made_one_by_one(tmp_path: Path, in_ray: None) -> None:
     experiment(tmp_path)

@@ -78,6 +78,7 @@ def run(
     return AsyncTrainer(regression(noise, loss), spec, RunConfig(**values), **trainers).fit()
 
 
+@pytest.mark.long
 def test_newton_is_exact_however_old_pushes_are_and_whoever_is_lost(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
 
@@ -96,6 +97,7 @@ def test_newton_is_exact_however_old_pushes_are_and_whoever_is_lost(tmp_path: Pa
     torch.testing.assert_close(end_point(result), optimum(1.0), rtol=0, atol=1e-9)
 
 
+@pytest.mark.long
 def test_coordinates_on_three_shards_reach_the_optimum(tmp_path: Path) -> None:
     result = run(
         "coordinate:block=7",  # some blocks lie on two shards
