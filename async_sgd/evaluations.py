@@ -9,6 +9,7 @@ import ray
 
 from paramserver.errors import ServerTimeoutError
 from workers.actor import EvaluatorActor, Servers
+from workers.examiner import Examined, Keep
 
 
 class Evaluations:
@@ -20,6 +21,7 @@ class Evaluations:
         seed: int,
         servers: Servers,
         *,
+        with_train: bool,
         timeout_s: float,
         lost: Callable[[str], None],
     ) -> None:
@@ -29,11 +31,12 @@ class Evaluations:
             task: A reference to the task that Ray holds.
             seed: Of the run.
             servers: Whose parameters are evaluated.
+            with_train: Whether to evaluate on training samples, too.
             timeout_s: Seconds an answer may take.
             lost: Counts the loss of a process; it may raise.
         """
         self._task, self._seed, self._servers = task, seed, servers
-        self._timeout_s, self._lost = timeout_s, lost
+        self._with_train, self._timeout_s, self._lost = with_train, timeout_s, lost
         self.actor: Any = None
         """The evaluator; None before `start`."""
         self._under_way: Any = None  # its evaluate() call
@@ -41,7 +44,9 @@ class Evaluations:
 
     def start(self) -> None:
         """Start the process; `connect` once it and the shards are ready."""
-        self.actor = EvaluatorActor.options(num_cpus=0).remote(self._task, self._seed, 1)
+        self.actor = EvaluatorActor.options(num_cpus=0).remote(
+            self._task, self._seed, 1, self._with_train
+        )
 
     def connect(self) -> None:
         """Let it read the shards' parameters."""
@@ -51,34 +56,34 @@ class Evaluations:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether an evaluation was begun and its metrics were not taken yet."""
+        """Whether an evaluation was begun and not taken yet."""
         return self._under_way is not None
 
-    def begin(self) -> None:
-        """Have the current version evaluated; `take` brings the metrics."""
-        self._under_way = self.actor.evaluate.remote()
+    def begin(self, keep: Keep | None) -> None:
+        """Have the current version evaluated, and kept if it is better."""
+        self._under_way = self.actor.evaluate.remote(keep)
 
-    def take_if_there(self) -> tuple[int, dict[str, float]] | None:
-        """Return the version and metrics of `begin`; None if there are none (yet)."""
+    def take_if_there(self) -> Examined | None:
+        """Return what came of `begin`; None if there is nothing (yet)."""
         if self._under_way is None or not ray.wait([self._under_way], timeout=0)[0]:
             return None
         return self._take()
 
-    def last(self) -> tuple[int, dict[str, float]]:
+    def last(self, keep: Keep | None) -> Examined:
         """Evaluate the current version, however many evaluators it takes."""
         if self.is_under_way:
             self._take()  # of an earlier version
         evaluated = None
         while evaluated is None:
-            self.begin()
+            self.begin(keep)
             evaluated = self._take()
         return evaluated
 
-    def _take(self) -> tuple[int, dict[str, float]] | None:
-        """Wait for the metrics; None if the evaluator is lost: another is in its place then."""
+    def _take(self) -> Examined | None:
+        """Wait for what comes of it; None if the evaluator is lost, and another in its place."""
         ref, self._under_way = self._under_way, None
         try:
-            found: tuple[int, dict[str, float]] = self._get(ref, "evaluating")
+            found: Examined = self._get(ref, "evaluating")
         except ray.exceptions.RayActorError:
             self._lost("the evaluator")
             self.start()

@@ -81,6 +81,7 @@ class Fleet:
             self._task_ref,
             self._config.seed,
             self._servers,
+            with_train=self._config.evaluates_train,
             timeout_s=self._config.call_timeout_s,
             lost=self._lost,
         )
@@ -243,12 +244,12 @@ class Fleet:
         Returns why the run is to end, if the metrics reach the target.
         """
         if not self._evaluations.is_under_way and self._run.evaluation_is_due():
-            self._evaluations.begin()
+            self._evaluations.begin(self._run.keep)
         evaluated = self._evaluations.take_if_there()
-        return evaluated and self._run.evaluated(*evaluated, self._status())
+        return None if evaluated is None else self._run.evaluated(evaluated, self._status())
 
     def _evaluate_last(self) -> None:
-        self._run.evaluated(*self._evaluations.last(), self._status())
+        self._run.evaluated(self._evaluations.last(self._run.keep), self._status())
 
     def _lost(self, what: str) -> None:
         """Count the loss of a process; ResourceError if there were too many."""

@@ -35,9 +35,9 @@ from paramserver.ledger import COLUMNS, Ledger, Move
 from paramserver.record import RunFolder, read_record
 from paramserver.rules import Damping
 from paramserver.shard import Shard
-from workers.gradients import BoundModel
+from workers.examiner import Examiner
 from workers.local import LOCALS
-from workers.task import Task, build_model, evaluate, recalibrate_batchnorm
+from workers.task import Task, build_model
 
 _TELL_EVERY = 200
 """Pushes after which the caller is told how far the replay is."""
@@ -250,9 +250,10 @@ class Replay:
                 distance = float((checkpoint.params - params).abs().max())
         model = build_model(plan.task, plan.config.seed)
         with server.shown() as shown:
-            BoundModel(model, plan.layout, plan.cuts).read([shown])
-            recalibrate_batchnorm(plan.task, model, ready.data.train, seed=plan.config.seed)
-            metrics = evaluate(plan.task, model, ready.data.test)
+            examiner = Examiner(
+                plan.task, model, ready.data, plan.layout, plan.cuts, seed=plan.config.seed
+            )
+            metrics = examiner.examine(version, [shown]).metrics
         return Replayed(num_pushes, version, params, distance, metrics)
 
 

@@ -32,6 +32,7 @@ from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig
 from workers.local import LOCALS, Local
 from workers.programs import check_config, check_samples
+from workers.stopping import STOPPINGS
 from workers.task import Data, Task, build_data, build_model
 from workers.tasks import task as find_task
 
@@ -80,7 +81,7 @@ class Setup:
         Raises:
             ValueError: A combination that cannot work.
         """
-        self.task, self.optimizer, self.config = task, optimizer, config
+        self.task, self.optimizer, self.config = config.with_validation(task), optimizer, config
         self.program = build_program(optimizer)
         self.rule: RuleSpec = rule or (Asynchronous() if self.program is None else Pieces())
         self.form: PushForm | None = None
@@ -297,13 +298,17 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
         value = config.get(name)
         return None if value is None else registry.build(value)
 
-    plain = ("workers", "batch_size", "epochs", "updates", "seed", "gradient", "on_nan", "threads")
+    plain = (
+        "workers", "batch_size", "epochs", "updates", "validation", "seed", "gradient", "on_nan",
+        "threads",
+    )  # fmt: skip
     try:
         return Setup(
             given,
             OPTIMIZERS.build(config["optimizer"]),
             RunConfig(
                 **{name: config[name] for name in plain},
+                early_stopping=built("early_stopping", STOPPINGS),
                 clip=built("clip", CLIPS),
                 schedule=built("schedule", SCHEDULES),
                 average=built("average", AVERAGES),

@@ -34,10 +34,10 @@ from paramserver.rules import Damping, RuleSpec
 from paramserver.shard import Shard
 from paramserver.standing import Standing
 from workers.config import RunConfig
-from workers.gradients import BoundModel
+from workers.examiner import Examiner
 from workers.local import Local
 from workers.run import Run
-from workers.task import Task, build_model, evaluate, recalibrate_batchnorm
+from workers.task import Task, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +169,16 @@ class _Simulated:
     def __init__(self, simulator: Simulator, ready: Ready, described: Mapping[str, object]) -> None:
         plan = self._plan = ready.plan
         config, layout, num_workers = plan.config, plan.layout, plan.config.workers
-        self._data, self._like = ready.data, simulator.like
-        self._model = build_model(plan.task, config.seed)
-        self._shown = BoundModel(self._model, layout, plan.cuts)
+        self._like = simulator.like
+        self._examiner = Examiner(
+            plan.task,
+            build_model(plan.task, config.seed),
+            ready.data,
+            layout,
+            plan.cuts,
+            seed=config.seed,
+            with_train=config.evaluates_train,
+        )
         start = ready.start(None, Path())
         buffers = Buffers(plan.capacity, layout.numel, layout.dtype)
         shard = plan.shard(0, "", "", start).build(start.params, buffers)
@@ -276,12 +283,9 @@ class _Simulated:
 
     def _evaluate(self, status: Mapping[str, Any]) -> str | None:
         """Record the metrics now, at ``status``; return why to stop if they reach the target."""
-        task, train = self._plan.task, self._data.train
         with self._simulation.server.shown() as params:
-            self._shown.read([params])
-            recalibrate_batchnorm(task, self._model, train, seed=self._plan.config.seed)
-            metrics = evaluate(task, self._model, self._data.test)
-        return self.run.evaluated(self._sequencer.version, metrics, status)
+            examined = self._examiner.examine(self._sequencer.version, [params], self.run.keep)
+        return self.run.evaluated(examined, status)
 
     def _save(self) -> None:
         saved = self._simulation.server.save()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.progress import metric_label
 from paramserver.record import AXES, Record
 
 Columns = dict[str, NDArray[Any]]
@@ -49,7 +50,7 @@ def curves(record: Record) -> Iterator[tuple[str, Columns, str]]:
     lines = (line for line in record.metrics if line.get("kind") == "test")
     names = dict.fromkeys(name for line in lines for name in line if name not in NOT_METRICS)
     for name in sorted(names, key=lambda name: name != "loss"):
-        yield f"test {name}", _logged(record, "test", name), name
+        yield metric_label(name), _logged(record, "test", name), name
 
 
 def counters(record: Record) -> Columns | None:

@@ -20,6 +20,7 @@ from paramserver.optimizers import OPTIMIZERS
 from paramserver.registry import Entry, Registry
 from paramserver.schedules import SCHEDULES
 from workers.local import LOCALS
+from workers.stopping import STOPPINGS
 from workers.tasks import TASKS
 
 _COLUMNS = 100
@@ -35,6 +36,7 @@ KINDS: Mapping[str, Registry[Any]] = {
     "averages": AVERAGES,
     "schedules": SCHEDULES,
     "clips": CLIPS,
+    "stoppings": STOPPINGS,
 }
 
 

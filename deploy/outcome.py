@@ -52,6 +52,8 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
         where = f" at version {best['version']:,}" if "version" in best else ""
         when = f" after {best['seconds']:.1f} s" if "seconds" in best else ""
         rows["best"] = _metrics(best) + where + when
+    if record.get("kept") == "best":
+        rows["kept"] = "the best version, in the record's best/"
     return rows | _staleness(record) | _ending(record)
 
 
@@ -89,4 +91,4 @@ def _ending(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _metrics(values: Mapping[str, float]) -> str:
     names = sorted(name for name in values if name not in ("version", "seconds"))
-    return ", ".join(f"{name} {values[name]:.4g}" for name in names)
+    return ", ".join(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in names)

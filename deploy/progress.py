@@ -23,6 +23,11 @@ _SHOWN_WAITS = 4
 """Waits that are named; more are counted."""
 
 
+TRAIN_SAMPLE = "train-sample"
+"""How metrics are called that are of some training samples at one version; the train loss is of
+those that gradients were computed on, each at its own version."""
+
+
 def figures(status: Mapping[str, Any]) -> str:
     """Return the figures of ``status`` as one line; what is missing is left out."""
     parts = []
@@ -34,8 +39,8 @@ def figures(status: Mapping[str, Any]) -> str:
         parts.append(f"{rate(status['updates_per_s'])}/s")
     if "loss" in status:
         parts.append(f"loss {status['loss']:.4g}")
-    tests = {k.removeprefix("test_"): v for k, v in status.items() if k.startswith("test_")}
-    parts += [f"test {name} {tests[name]:.4g}" for name in sorted(tests)]
+    metrics = {metric_label(name): value for name, value in status.get("metrics", {}).items()}
+    parts += [f"{label} {metrics[label]:.4g}" for label in sorted(metrics)]
     if "staleness_mean" in status:
         most = f" (max {status['staleness_max']})" if "staleness_max" in status else ""
         parts.append(f"staleness {status['staleness_mean']:.1f}{most}")
@@ -45,6 +50,14 @@ def figures(status: Mapping[str, Any]) -> str:
         number = status["failures"]
         parts.append(f"{number} {'process' if number == 1 else 'processes'} lost and replaced")
     return "  ".join(parts)
+
+
+def metric_label(name: str) -> str:
+    """Return what people call a metric of an evaluation, such as ``validation loss``."""
+    for start, part in (("validation_", "validation"), ("train_", TRAIN_SAMPLE)):
+        if name.startswith(start):
+            return f"{part} {name.removeprefix(start)}"
+    return f"test {name}"
 
 
 def waits(status: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from deploy import curves, page, plots
+from deploy.progress import TRAIN_SAMPLE
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
 from paramserver.record import Record, RunFolder, read_record
@@ -101,6 +102,10 @@ def _several(records: Sequence[Record]) -> str:
     )
 
 
+_COLOURS = {"train": 0, "test": 1, "validation": 2, TRAIN_SAMPLE: 3}
+"""Of the parts of the data that metrics are of."""
+
+
 def _result(record: Record) -> dict[str, Any]:
     return record.result or {}
 
@@ -123,6 +128,8 @@ def _facts(record: Record) -> dict[str, str]:
     for when in ("final", "best"):
         if done.get(when):
             said[when] = _metrics(done[when])
+    if done.get("kept") == "best":
+        said["kept"] = f"version {_value(done['best']['version'])}, the best one, in best/"
     if "staleness" in done:
         s = done["staleness"]
         said["staleness"] = ", ".join(f"{k} {_value(s[k])}" for k in ("mean", "p50", "p95", "max"))
@@ -168,9 +175,9 @@ def _training(record: Record) -> Iterator[str]:
     rows: dict[str, list[plots.Series]] = {}
     legend: dict[str, int] = {}
     for label, columns, key in curves.curves(record):
-        name = label.split()[0]
-        colour = legend.setdefault(name, {"train": 0, "test": 1}[name])
-        rows.setdefault(key, []).append(plots.Series(name, colour, columns, key))
+        part, _, metric = label.partition(" ")
+        colour = legend.setdefault(part, _COLOURS[part])
+        rows.setdefault(metric, []).append(plots.Series(part, colour, columns, key))
     if not rows:
         yield page.note("No metrics were logged.")
         return

@@ -30,6 +30,7 @@ from paramserver.rules import Damping, RuleSpec
 from paramserver.schedules import SCHEDULES, Schedule
 from workers.config import RunConfig
 from workers.local import LOCALS, Local
+from workers.stopping import STOPPINGS, EarlyStopping
 from workers.task import Task
 from workers.tasks import TASKS, TaskSpec, task
 from workers.tasks.digits import Digits
@@ -51,6 +52,7 @@ PLUGINS: Mapping[object, Registry[Any]] = {
     Local: LOCALS,
     Clip: CLIPS,
     Schedule: SCHEDULES,
+    EarlyStopping: STOPPINGS,
     DelayLaw: DELAYS,
 }
 

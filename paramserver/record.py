@@ -4,6 +4,7 @@
     metrics.jsonl    one object a line, each with gradients, updates and seconds
     updates.npz      one row a push, see `paramserver.ledger`; asynchronous runs only
     checkpoint/      see `paramserver.checkpoint`
+    best/            likewise: the parameters of the best version, if early stopping kept them
     result.json      what came out, written last
     report.html      see `deploy.report`
 
@@ -66,6 +67,7 @@ class RunFolder:
                 folder.metrics,
                 folder.updates,
                 folder.checkpoint,
+                folder.best,
                 folder.result,
             )
             taken = any(file.exists() for file in files)
@@ -117,6 +119,11 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """The folder of the checkpoint."""
         return self.path / "checkpoint"
+
+    @property
+    def best(self) -> Path:
+        """The folder of the best version's checkpoint; it has no state of the optimizer."""
+        return self.path / "best"
 
     @property
     def result(self) -> Path:
@@ -182,9 +189,9 @@ class Result:
     path: Path
     """The folder of the record."""
     metrics: dict[str, float]
-    """Test metrics of the last version."""
+    """Metrics of the version in `checkpoint`: the last one, or with early stopping the best."""
     best: dict[str, Any]
-    """Test metrics of the best version, with its ``version`` and ``seconds``."""
+    """Metrics of the best version, with its ``version`` and ``seconds``."""
     checkpoint: Path | None
     """Folder of the checkpoint; None if none was written."""
     stopped_because: str

@@ -21,9 +21,11 @@ import ray
 
 from paramserver.checkpoint import Checkpoint
 from paramserver.errors import PeerLostError, ResourceError, ServerTimeoutError
-from sync.actor import EvaluatorActor, Group, Kind, RankActor, Start, pack
+from sync.actor import EvaluatorActor, Group, Kind, RankActor, Start
 from sync.desk import Part, Position
 from sync.worker import Finished, Plan
+from workers.examiner import Examined, Keep
+from workers.packing import Packed, pack
 from workers.task import Task
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Crew:
         task: Task,
         *,
         seed: int,
+        with_train: bool,
         world: int,
         threads: int,
         cpus: float,
@@ -65,6 +68,7 @@ class Crew:
         Args:
             task: What they train.
             seed: Of the run.
+            with_train: Whether to evaluate on training samples, too.
             world: Ranks.
             threads: torch threads in each.
             cpus: What each asks of Ray.
@@ -72,6 +76,7 @@ class Crew:
             call_timeout_s: Seconds an answer of a process may take.
         """
         self._task, self._seed, self._world = ray.put(task), seed, world
+        self._with_train = with_train
         self._threads, self._cpus = threads, cpus
         self._wait_timeout_s, self._call_timeout_s = wait_timeout_s, call_timeout_s
         self.kind: Kind = "shared_memory"
@@ -216,21 +221,23 @@ class Crew:
         there = [part for part in parts if part is not None]
         return there if len(there) == self._world else None
 
-    def begin_evaluation(self, snapshot: tuple[int, Any] | None = None) -> None:
-        """Have a version and its packed parameters evaluated; `evaluation` brings the metrics.
+    def begin_evaluation(
+        self, keep: Keep | None, snapshot: tuple[int, Packed] | None = None
+    ) -> None:
+        """Have a version evaluated, and kept if it is better; `evaluation` brings what came of it.
 
         Without ``snapshot`` it is the version at the end of the step the ranks are in.
         """
         given = snapshot or self._ranks[0].snapshot.remote(self._call_timeout_s)
-        self._evaluation = self._evaluator.evaluate.remote(given)
+        self._evaluation = self._evaluator.evaluate.remote(given, keep)
 
     @property
     def is_evaluating(self) -> bool:
         """Whether an evaluation was begun and its metrics were not taken yet."""
         return self._evaluation is not None
 
-    def evaluation(self, timeout_s: float) -> tuple[int, dict[str, float]] | None:
-        """Take the version that was evaluated and its metrics; None if there are none (yet).
+    def evaluation(self, timeout_s: float) -> Examined | None:
+        """Take what came of the version that was evaluated; None if there is nothing (yet).
 
         Raises:
             RayActorError: The evaluator is lost, or rank 0 is.
@@ -240,7 +247,7 @@ class Crew:
             return None
         ref, self._evaluation = self._evaluation, None
         try:
-            found: tuple[int, dict[str, float]] | None = ray.get(ref, timeout=self._call_timeout_s)
+            found: Examined | None = ray.get(ref, timeout=self._call_timeout_s)
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, TimeoutError):
                 raise error.cause from None
@@ -293,7 +300,9 @@ class Crew:
         )
 
     def _spawn_evaluator(self) -> None:
-        self._evaluator = EvaluatorActor.options(num_cpus=0).remote(self._task, self._seed, 1)
+        self._evaluator = EvaluatorActor.options(num_cpus=0).remote(
+            self._task, self._seed, 1, self._with_train
+        )
 
     def _get(self, refs: Sequence[Any], doing: str) -> list[Any]:
         """Get answers within the deadline; errors say what was being done."""

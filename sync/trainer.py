@@ -37,7 +37,6 @@ from paramserver.layout import Layout
 from paramserver.optimizers import OPTIMIZERS, AnyOptimizer
 from paramserver.record import Result
 from paramserver.rounds import RoundOptimizer, build_program, check_size
-from sync.actor import pack
 from sync.collective import fair_cuts
 from sync.crew import Crew, Lost
 from sync.desk import Part, Position, Status
@@ -45,6 +44,8 @@ from sync.step import Reduce
 from sync.worker import Plan
 from workers.batches import Batches
 from workers.config import RunConfig
+from workers.examiner import Examined
+from workers.packing import pack
 from workers.programs import check_config, check_samples
 from workers.run import Run
 from workers.session import ray_session
@@ -91,8 +92,8 @@ class SyncTrainer:
             raise ValueError(
                 f"collective must be 'auto', 'shared_memory' or 'gloo', got {collective!r}"
             )
-        self.task, self.optimizer = task, optimizer
         self.config = config or RunConfig()
+        self.task, self.optimizer = self.config.with_validation(task), optimizer
         self.reduce: Reduce = reduce
         self.collective, self.progress = collective, progress
         self.program = build_program(optimizer)  # to be looked at
@@ -183,6 +184,7 @@ class _Driver:
         self._crew = Crew(
             trainer.task,
             seed=self._config.seed,
+            with_train=self._config.evaluates_train,
             world=self._config.workers,
             threads=self._config.threads or max(1, cores // self._config.workers),
             cpus=0 if self._config.address is None else 1,
@@ -273,12 +275,12 @@ class _Driver:
         Returns why the run is to end, if the metrics reach the target.
         """
         if not self._crew.is_evaluating and self._run.evaluation_is_due():
-            self._crew.begin_evaluation()
+            self._crew.begin_evaluation(self._run.keep)
         evaluated = self._evaluated(timeout_s=0)
-        return evaluated and self._run.evaluated(*evaluated, self._status)
+        return None if evaluated is None else self._run.evaluated(evaluated, self._status)
 
-    def _evaluated(self, timeout_s: float) -> tuple[int, dict[str, float]] | None:
-        """Take the metrics that were begun, if they are there; an evaluator may be lost over it."""
+    def _evaluated(self, timeout_s: float) -> Examined | None:
+        """Take the evaluation that was begun, if it is there; an evaluator may be lost over it."""
         try:
             return self._crew.evaluation(timeout_s)
         except ray.exceptions.RayActorError:
@@ -292,11 +294,11 @@ class _Driver:
         params = averaged(checkpoint.params, checkpoint.state, self._plan.average, cuts)
         evaluated = None
         while evaluated is None:
-            self._crew.begin_evaluation((checkpoint.version, pack(params)))
+            self._crew.begin_evaluation(self._run.keep, (checkpoint.version, pack(params)))
             evaluated = self._evaluated(timeout_s)
             if evaluated is None and self._crew.is_evaluating:
                 raise ServerTimeoutError(0, "evaluating the last version", timeout_s)
-        self._run.evaluated(*evaluated, self._status)
+        self._run.evaluated(evaluated, self._status)
 
     def _save(self, checkpoint: Checkpoint) -> None:
         self._run.save(checkpoint)

@@ -20,14 +20,14 @@ from paramserver.optimizers.push_form import PushForm
 from paramserver.transports.shared_memory import SharedMemoryConnection
 from workers.batches import Batches
 from workers.estimate import GradientMode
+from workers.examiner import Examined, Examiner, Keep
 from workers.examples import Examples
-from workers.gradients import BoundModel
 from workers.local import Local
 from workers.loop import Finished, train
 from workers.oracles import Oracle
 from workers.pieces import answer
 from workers.pushes import Maker, push
-from workers.task import Data, Task, build_data, build_model, evaluate, recalibrate_batchnorm
+from workers.task import Data, Task, build_data, build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +155,10 @@ class Worker:
 class Evaluator:
     """Evaluates consistent snapshots while the workers go on."""
 
-    def __init__(self, task: Task, seed: int, threads: int) -> None:
+    def __init__(self, task: Task, seed: int, threads: int, with_train: bool) -> None:
         """Keep what `ready` needs."""
         torch.set_num_threads(threads)
-        self._task, self._seed = task, seed
+        self._task, self._seed, self._with_train = task, seed, with_train
         self._client: Client | None = None
 
     @cached_property
@@ -176,18 +176,24 @@ class Evaluator:
 
     def connect(self, servers: Servers, incarnation: int) -> None:
         """Become a reader of the run's parameters, in the place of earlier ones."""
-        self._bound = BoundModel(self._model, servers.layout, servers.cuts)
+        self._examiner = Examiner(
+            self._task,
+            self._model,
+            self._data,
+            servers.layout,
+            servers.cuts,
+            seed=self._seed,
+            with_train=self._with_train,
+        )
         self._client = servers.connect(-1, incarnation)
 
-    def evaluate(self) -> tuple[int, dict[str, float]]:
-        """Return the version that is current now, and its metrics on the test data."""
+    def evaluate(self, keep: Keep | None) -> Examined:
+        """Return what comes of the version that is current now."""
         assert self._client is not None
         reading = self._client.read()
-        self._bound.read(reading.params)
-        recalibrate_batchnorm(self._task, self._model, self._data.train, seed=self._seed)
-        metrics = evaluate(self._task, self._model, self._data.test)
+        examined = self._examiner.examine(reading.version, reading.params, keep)
         self._client.release()
-        return reading.version, metrics
+        return examined
 
 
 def keep_freed_memory() -> None:

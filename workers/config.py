@@ -12,7 +12,12 @@ from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.schedules import Schedule
 from workers.estimate import GradientMode
-from workers.task import is_minimised
+from workers.holdout import held_out
+from workers.stopping import EarlyStopping
+from workers.task import Task, is_minimised
+
+_HELD_OUT = 0.1
+"""Share of the training samples that early stopping decides by, if nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +37,16 @@ class RunConfig:
     """Updates of the parameters after which the run ends."""
 
     until: str | None = None
-    """A metric to reach on the test data, such as ``accuracy=0.97`` or ``loss<=0.1``."""
+    """A metric to reach on the test data, such as ``accuracy=0.97`` or ``loss<=0.1``; with a
+    name like ``validation_loss`` on the validation data."""
+
+    early_stopping: EarlyStopping | None = None
+    """Ends the run when it no longer gets better on the validation data, and keeps the best
+    version; None goes on to the end of the budget and keeps the last."""
+
+    validation: float | None = None
+    """Share of the training samples held out for validation. None takes the task's own validation
+    data; if it has none, 0.1 for early stopping, else 0."""
 
     seed: int = 0
     """Seeds the model, the order of the data and everything random in the run."""
@@ -92,6 +106,12 @@ class RunConfig:
             raise ValueError(f"max_failures must be 0 or more, got {self.max_failures}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        if self.validation is not None and not 0 < self.validation < 1:
+            raise ValueError(f"validation must be above 0 and below 1, got {self.validation}")
+        if self.early_stopping is not None and self.evaluate_every_s == 0:
+            raise ValueError(
+                "early stopping decides by evaluations: evaluate_every_s must be above 0 s"
+            )
         for name in ("evaluate_every_s", "checkpoint_every_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 s or more, got {getattr(self, name)}")
@@ -110,6 +130,19 @@ class RunConfig:
             raise ValueError(
                 "a resumed run continues in its own folder: give out or resume, not both"
             )
+
+    @property
+    def evaluates_train(self) -> bool:
+        """Whether evaluations are wanted on training samples, too."""
+        return self.early_stopping is not None and self.early_stopping.needs_train
+
+    def with_validation(self, task: Task) -> Task:
+        """Return ``task`` with the part of its training samples held out that this run asks for."""
+        if self.validation is not None:
+            return held_out(task, self.validation, self.seed)
+        if self.early_stopping is not None:
+            return held_out(task, _HELD_OUT, self.seed, spare_own=True)
+        return task
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ class Data:
 
     train: Examples
     test: Examples
+    validation: Examples | None = None
+    """What early stopping decides by; None if the task sets none apart."""
 
 
 class TensorExamples:

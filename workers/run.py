@@ -1,4 +1,4 @@
-"""What both trainers' drivers do beside driving: timers, the best version, and the record."""
+"""What every driver does beside driving: timers, the best version, early stopping, the record."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from paramserver.averaging import AVERAGES
 from paramserver.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -16,7 +18,10 @@ from paramserver.record import Result, RunFolder, versions
 from paramserver.registry import Registry
 from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig, Target
-from workers.task import Task, is_minimised
+from workers.examiner import Examined, Keep
+from workers.packing import unpack
+from workers.stopping import STOPPINGS, Stopper
+from workers.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,7 @@ _TRAIN_LINE_S = 1.0
 _PLUGINS: Mapping[str, Registry[Any]] = {
     "average": AVERAGES,
     "clip": CLIPS,
+    "early_stopping": STOPPINGS,
     "schedule": SCHEDULES,
 }
 
@@ -45,6 +51,7 @@ class Run:
         self,
         task: Task,
         config: RunConfig,
+        layout: Layout,
         described: Mapping[str, Any],
         folder: RunFolder,
         resumed: Checkpoint | None,
@@ -56,10 +63,15 @@ class Run:
         self.started_at: float | None = None
         self.num_failures = 0
         self._task, self._config, self._described = task, config, dict(described)
+        self._layout = layout
         self._target = None if config.until is None else Target.parse(config.until)
         extra: Mapping[str, Any] = {} if resumed is None else resumed.extra
         self._seconds_before = float(extra.get("seconds", 0.0))
+        stopping = config.early_stopping
+        self._stopper = None if stopping is None else Stopper(stopping, extra.get("stopping"))
         self._best: dict[str, Any] = dict(extra.get("best", {}))
+        if folder.best.exists():  # a run that was killed may have got there after its checkpoint
+            self._best = dict(load_checkpoint(folder.best, layout).extra["best"])
         self._final: dict[str, float] = {}
         self._failures: list[dict[str, Any]] = []
         self._last_evaluation = self._last_checkpoint = self._last_line = 0.0
@@ -87,9 +99,9 @@ class Run:
             folder = RunFolder.reopen(config.resume)
             resumed = load_checkpoint(folder.checkpoint, layout)
             folder.rewind(resumed.version)
-            return cls(task, config, described, folder, resumed, clock)
+            return cls(task, config, layout, described, folder, resumed, clock)
         folder = RunFolder.create(config.out, f"{task.name}-{described['mode']}")
-        run = cls(task, config, described, folder, None, clock)
+        run = cls(task, config, layout, described, folder, None, clock)
         folder.write_config(run.configuration())
         return run
 
@@ -120,25 +132,31 @@ class Run:
         """Whether to write a checkpoint now."""
         return self._is_due("_last_checkpoint", self._config.checkpoint_every_s)
 
-    def evaluated(
-        self, version: int, metrics: dict[str, float], status: Mapping[str, Any]
-    ) -> str | None:
-        """Record ``metrics`` of ``version``; return why to stop if they reach the target."""
-        headline = self._task.headline
+    @property
+    def keep(self) -> Keep | None:
+        """When the next evaluation is to bring the parameters with it; None if never."""
+        return None if self._stopper is None else self._judged(self._stopper.metric)
+
+    def evaluated(self, examined: Examined, status: Mapping[str, Any]) -> str | None:
+        """Record what came of an evaluation; return why to stop, if it says so."""
+        metrics, version = examined.metrics, examined.version
         self._final = metrics
-        value = metrics[headline]
-        best = self._best.get(headline)
-        if best is None or (value < best if is_minimised(headline) else value > best):
-            self._best = {**metrics, "version": version, "seconds": self.seconds}
         self.folder.log({"kind": "test", **self._axes(status), "version": version, **metrics})
+        # first, as it says what the metrics lack
+        enough = None if self._stopper is None else self._stopper.evaluated(metrics)
+        judged = self.keep or self._judged(self._task.headline)
+        if judged.better(metrics[judged.metric]):
+            self._best = {**metrics, "version": version, "seconds": self.seconds}
+            if examined.params is not None:
+                self._save_best(version, unpack(examined.params, self._layout.dtype))
         if self._target is None:
-            return None
+            return enough
         if self._target.metric not in metrics:
             raise ValueError(
                 f"until names {self._target.metric!r}; task {self._task.name!r} has "
                 f"{', '.join(sorted(metrics))}"
             )
-        return f"{self._config.until} reached" if self._target.reached(metrics) else None
+        return f"{self._config.until} reached" if self._target.reached(metrics) else enough
 
     def tell(
         self, status: Mapping[str, Any], progress: Callable[[Mapping[str, Any]], None] | None
@@ -156,12 +174,11 @@ class Run:
             self._last_line = now
         self._counts = (status["updates"], now)
         if progress is not None:
-            test = {f"test_{name}": value for name, value in self._final.items()}
             progress(
                 {
                     **status,
                     **figures,
-                    **test,
+                    "metrics": self._final,
                     "seconds": self.seconds,
                     "failures": self.num_failures,
                 }
@@ -177,6 +194,8 @@ class Run:
     def save(self, checkpoint: Checkpoint, ledger: Ledger | None = None) -> None:
         """Write a checkpoint, and the ledger up to it."""
         checkpoint.extra.update(seconds=self.seconds, best=self._best)
+        if self._stopper is not None:
+            checkpoint.extra["stopping"] = self._stopper.state()
         if ledger is not None:
             ledger.save(self.folder.updates)  # first: a ledger may be ahead of its checkpoint
         save_checkpoint(self.folder.checkpoint, checkpoint)
@@ -203,12 +222,16 @@ class Run:
             "stopped_because": reason,
             **summary,
         }
+        has_best = self.folder.best.exists()
+        record["kept"] = "best" if has_best else "last"
         self.folder.write_result(record)
+        checkpoint = self.folder.best if has_best else self.folder.checkpoint
+        is_metric = {name: value for name, value in self._best.items() if name in self._final}
         self._result = Result(
             path=self.folder.path,
-            metrics=self._final,
+            metrics=is_metric if has_best else self._final,
             best=self._best,
-            checkpoint=self.folder.checkpoint if self.folder.checkpoint.exists() else None,
+            checkpoint=checkpoint if checkpoint.exists() else None,
             stopped_because=reason,
             record=record,
         )
@@ -217,6 +240,17 @@ class Run:
         """Return the finished run's result."""
         assert self._result is not None, "the run has not finished"
         return self._result
+
+    def _judged(self, metric: str) -> Keep:
+        """Return when a version is better by ``metric`` than the best so far."""
+        return Keep(metric, self._best.get(metric))
+
+    def _save_best(self, version: int, params: Tensor) -> None:
+        optimizer = dict(self._described["optimizer"])
+        extra = {"best": self._best}
+        save_checkpoint(
+            self.folder.best, Checkpoint(self._layout, version, params, optimizer, extra=extra)
+        )
 
     def _axes(self, status: Mapping[str, Any]) -> dict[str, Any]:
         return {

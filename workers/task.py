@@ -128,8 +128,9 @@ def build_data(task: Task) -> Data:
         raise TaskError(
             f"the data of task {task.name!r} must be a Data(train, test), got {type(data).__name__}"
         )
-    for part, examples in (("train", data.train), ("test", data.test)):
-        if len(examples) == 0:
+    parts = {"train": data.train, "test": data.test, "validation": data.validation}
+    for part, examples in parts.items():
+        if examples is not None and len(examples) == 0:
             raise TaskError(f"the {part} data of task {task.name!r} is empty")
     return data
 

@@ -25,7 +25,9 @@ from paramserver.layout import Layout
 from paramserver.ledger import Ledger
 from paramserver.optimizers import OPTIMIZERS, SGD, Adam
 from paramserver.record import Result
+from tests.support.kept import check_that_the_best_is_kept
 from workers.config import RunConfig
+from workers.stopping import EarlyStopping, Overfitting, Patience
 from workers.tasks import task
 
 DIGITS = task("digits:hidden=8")
@@ -103,6 +105,15 @@ def test_a_target_ends_the_run(tmp_path: Path, batched: bool) -> None:
 
     assert result.stopped_because == "accuracy=0.6 reached"
     assert result.best["accuracy"] >= 0.6
+
+
+@pytest.mark.parametrize("stopping", [Patience(n=3), Overfitting(n=3)])
+def test_early_stopping_keeps_the_best_version(tmp_path: Path, stopping: EarlyStopping) -> None:
+    config = {"updates": 5000, "evaluate_every_s": 10.0, "early_stopping": stopping}
+
+    result = simulated(tmp_path / "run", optimizer=Adam(lr=0.03), **config)
+
+    check_that_the_best_is_kept(result, DIGITS, RunConfig(early_stopping=stopping))
 
 
 def test_an_average_is_what_is_evaluated(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ STATUS: dict[str, Any] = {
     "staleness_max": 3,
     "waiting": {0: ([1], 1.23)},
     "dropped": {"stale": 2, "nan": 1},
-    "test_accuracy": 0.9611,
-    "test_loss": 0.15,
+    "metrics": {"accuracy": 0.9611, "loss": 0.15},
     "failures": 1,
 }
 

@@ -33,10 +33,12 @@ from paramserver.record import Result
 from paramserver.recount import recount
 from paramserver.schedules import CosineOnce
 from tests.support.gate import once_at, slowed
+from tests.support.kept import check_that_the_best_is_kept
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
 from workers.local import LOCALS
+from workers.stopping import Patience
 from workers.task import Data, Task, TensorExamples, build_model, evaluate
 from workers.tasks import task
 
@@ -67,6 +69,16 @@ def test_digits_reach_97_percent(tmp_path: Path) -> None:
     assert record["conservation"]["holds"]
     assert record["gradients"] == sum(int(n) for n in record["staleness"]["histogram"].values())
     assert result.checkpoint is not None
+
+
+def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
+    config = RunConfig(
+        epochs=1e6, early_stopping=Patience(n=3), evaluate_every_s=0.2, out=tmp_path / "run"
+    )
+
+    result = AsyncTrainer(task("digits"), Adam(lr=0.01), config, shards=2).fit()
+
+    check_that_the_best_is_kept(result, task("digits"), config)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ from paramserver.record import Result
 from paramserver.schedules import CosineOnce
 from sync.trainer import SyncTrainer
 from tests.support.gate import interrupt, once_at, slowed
+from tests.support.kept import check_that_the_best_is_kept
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
+from workers.stopping import Patience
 from workers.task import Batch, Data, Task, TensorExamples, build_model, evaluate
 from workers.tasks import task
 
@@ -187,12 +189,22 @@ def test_digits_reach_97_percent_and_that_ends_the_run(tmp_path: Path) -> None:
     assert record["failures"] == []
 
 
+def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
+    config = RunConfig(
+        epochs=1e6, early_stopping=Patience(n=3), evaluate_every_s=0.2, out=tmp_path / "run"
+    )
+
+    result = SyncTrainer(task("digits"), Adam(lr=0.01), config).fit()
+
+    check_that_the_best_is_kept(result, task("digits"), config)
+
+
 def test_progress_tells_of_training_and_of_tests(tmp_path: Path) -> None:
     told: set[str] = set()
 
     def listen(status: Mapping[str, Any]) -> None:
         told.update(status)
-        if {"loss", "test_accuracy"} <= told:
+        if {"loss", "metrics"} <= told:
             raise KeyboardInterrupt  # else it goes on until the test's own deadline
 
     config = RunConfig(workers=2, epochs=1e6, evaluate_every_s=0.2, out=tmp_path / "run")

@@ -1,0 +1,107 @@
+"""How good one version of the parameters is: its metrics on each part of the data.
+
+    loss, accuracy, …              on the test data
+    validation_loss, …             on the validation data, if there are any
+    train_loss, …                  on a sample of the training data, if somebody asks for it
+
+Whoever holds a snapshot examines it: an evaluator's process while workers go on, or the simulator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from paramserver.layout import Layout
+from paramserver.rounds import Sample
+from workers.gradients import BoundModel
+from workers.holdout import Selected
+from workers.packing import Packed, pack
+from workers.samples import Piece
+from workers.samples import indices as drawn
+from workers.task import Data, Task, evaluate, is_minimised, recalibrate_batchnorm
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """When the parameters that are examined are to be kept."""
+
+    metric: str
+    """By which they are judged; see `workers.task.is_minimised`."""
+    best: float | None
+    """What they must be better than; None keeps any."""
+
+    def better(self, value: float) -> bool:
+        """Whether ``value`` is better than the best; NaN is not."""
+        if self.best is None:
+            return not math.isnan(value)
+        return value < self.best if is_minimised(self.metric) else value > self.best
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What came of one version."""
+
+    version: int
+    metrics: dict[str, float]
+    params: Packed | None = None
+    """The parameters, if they are to be kept."""
+
+
+class Examiner:
+    """Examines one version after the other."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        data: Data,
+        layout: Layout,
+        cuts: Sequence[range],
+        *,
+        seed: int,
+        with_train: bool = False,
+    ) -> None:
+        """Make ready.
+
+        Args:
+            task: Gives loss and metrics.
+            model: The task's; it is not to be used otherwise.
+            data: The task's.
+            layout: Of ``model``.
+            cuts: The ranges that parameters come in.
+            seed: Of the run.
+            with_train: Whether to examine on training samples too: as many as the validation data
+                have, the same ones every time.
+        """
+        self._task, self._model, self._data, self._seed = task, model, data, seed
+        self._bound = BoundModel(model, layout, cuts)
+        self._parts = {"": data.test}
+        if data.validation is not None:
+            self._parts["validation_"] = data.validation
+        if with_train:
+            size = min(len(data.validation or data.test), len(data.train))
+            piece = Piece(Sample("examined", size), round=0, number=0, of=1)
+            indices = drawn(piece, len(data.train), seed)
+            self._parts["train_"] = Selected(data.train, indices)
+
+    def examine(self, version: int, params: Sequence[Tensor], keep: Keep | None = None) -> Examined:
+        """Return the metrics of ``params``, a vector a cut, and a copy of them if they are better.
+
+        Raises:
+            TaskError: The task's loss or metrics failed.
+        """
+        self._bound.read(params)
+        recalibrate_batchnorm(self._task, self._model, self._data.train, seed=self._seed)
+        metrics = {
+            part + name: value
+            for part, examples in self._parts.items()
+            for name, value in evaluate(self._task, self._model, examples).items()
+        }
+        if keep is None or not keep.better(metrics.get(keep.metric, math.nan)):
+            return Examined(version, metrics)
+        return Examined(version, metrics, pack(torch.cat(list(params))))
