@@ -76,7 +76,7 @@ class Fleet:
             "samples": int(extra.get("samples", 0)),
         }
         self._has_failed = False
-        self._task_ref = ray.put(plan.task)
+        self._task_ref, self._course_ref = ray.put(plan.task), ray.put(plan.course)
         self._evaluations = Evaluations(
             self._task_ref,
             self._config.seed,
@@ -199,6 +199,7 @@ class Fleet:
             self._plan.clip_at_worker,
             self._config.gradient,
             self._plan.local,
+            self._course_ref,
         )
         self._runs[ref] = worker
 

@@ -26,6 +26,7 @@ from torch.func import grad_and_value, vmap
 from paramserver.clipping import Clip
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step, step_seed
+from workers.curriculum import Course
 from workers.estimate import Estimated, Estimator, GradientMode
 from workers.examples import Batch, Examples
 from workers.functional import Params, PureLoss
@@ -78,13 +79,23 @@ class Step(NamedTuple):
     worker: int
     number: int
     """Its clock, or as `workers.local.steps_of` counts them."""
+    version: int
+    """That the worker has read."""
 
 
 class Samples:
     """The samples of every worker of a simulated run, by step: those its process would read."""
 
-    def __init__(self, examples: Examples, batch_size: int, num_workers: int, *, seed: int) -> None:
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        num_workers: int,
+        *,
+        seed: int,
+        course: Course | None = None,
+    ) -> None:
+        self.batch_size, self.seed, self._course = batch_size, seed, course
         self._examples, self._num_workers = examples, num_workers
         self._batches: dict[int, Batches] = {}
 
@@ -92,7 +103,7 @@ class Samples:
         """Return the samples of all ``steps``, one step's after the other's."""
         return self._examples.batch(torch.cat([self._indices(*step) for step in steps]))
 
-    def _indices(self, worker: int, number: int) -> Tensor:
+    def _indices(self, worker: int, number: int, version: int) -> Tensor:
         batches = self._batches.get(worker)
         if batches is None:
             batches = self._batches[worker] = Batches(
@@ -101,8 +112,9 @@ class Samples:
                 seed=self.seed,
                 worker=worker,
                 num_workers=self._num_workers,
+                course=self._course,
             )
-        return batches.indices(number)
+        return batches.indices(number, version)
 
 
 class Owns:
@@ -171,7 +183,7 @@ class OneByOne:
 
         def prepare(step: int) -> Batch:
             seed_step(self._samples.seed, job.worker, step)
-            return self._samples.batch([Step(job.worker, step)])
+            return self._samples.batch([Step(job.worker, step, job.read_version)])
 
         own, steps = self._owns.of(job), self._owns.steps_of(job)
         read, batch = job.params.split(self._sizes), prepare(steps.start)
@@ -233,7 +245,9 @@ class Batched:
         if owns:
             self._take_steps(jobs, owns, points)
             return
-        found = self._gradients(points, [Step(job.worker, job.clock) for job in jobs])
+        found = self._gradients(
+            points, [Step(job.worker, job.clock, job.read_version) for job in jobs]
+        )
         for job, (grad, done) in zip(jobs, found, strict=True):
             job.grad, job.done = grad.clone(), done  # a row would keep all the others alive
 
@@ -248,7 +262,10 @@ class Batched:
             ]
             if not under_way:  # each has met a gradient that is not finite
                 break
-            now = [Step(jobs[row].worker, steps[row][ahead]) for row in under_way]
+            now = [
+                Step(jobs[row].worker, steps[row][ahead], jobs[row].read_version)
+                for row in under_way
+            ]
             found = self._gradients(points[under_way], now)
             for row, (grad, done) in zip(under_way, found, strict=True):
                 if done.layer:
@@ -269,7 +286,7 @@ class Batched:
         """Return the gradient of each step, at its row of ``points``, clipped."""
         batch = tuple(t.unflatten(0, (len(steps), -1)) for t in self._samples.batch(steps))
         params = self._pure.split(points)
-        seed = step_seed(self._samples.seed, *steps[0])
+        seed = step_seed(self._samples.seed, steps[0].worker, steps[0].number)
 
         def loss_of(params: Params, batch: Batch) -> Tensor:
             return self._pure.loss(params, batch, seed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from async_sgd.jobs import Gradients, Job
@@ -21,17 +20,6 @@ from paramserver.shard import Saved, Shard
 
 _READER = -1
 """Who reads without pushing, as the shard knows it."""
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Have torch use ``count`` threads in a block: bits depend on how a sum is split among them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class LocalServer:

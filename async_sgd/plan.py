@@ -22,6 +22,7 @@ from paramserver.sequencer import Budget, Progress, Sequencer
 from paramserver.shard import Saved
 from paramserver.shard_config import RoundsConfig, ShardConfig
 from workers.config import RunConfig
+from workers.curriculum import Course
 from workers.local import Local
 from workers.task import Task
 
@@ -42,6 +43,8 @@ class Plan:
     compensation: Compensation | None
     local: Local | None
     """Steps of workers' own between a read and a push."""
+    course: Course | None
+    """The order and pace of the samples, if there is a curriculum."""
     layout: Layout
     cuts: tuple[range, ...]
     num_train: int

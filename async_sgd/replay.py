@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from async_sgd.jobs import OneByOne, Samples
-from async_sgd.local_server import LocalServer, torch_threads
+from async_sgd.local_server import LocalServer
 from async_sgd.setup import Ready, recorded_setup
 from async_sgd.simulation import Buffers, Change, late_joiners
 from paramserver.checkpoint import load_checkpoint
@@ -38,6 +38,7 @@ from paramserver.shard import Shard
 from workers.examiner import Examiner
 from workers.local import LOCALS
 from workers.task import Task, build_model
+from workers.threads import torch_threads
 
 _TELL_EVERY = 200
 """Pushes after which the caller is told how far the replay is."""
@@ -177,7 +178,9 @@ class Replay:
         shard = plan.shard(0, "", "", start).build(start.params, buffers)
         assert isinstance(shard, Shard), "round programs were refused"
         batch_size = config.batch_size or plan.task.batch_size
-        samples = Samples(ready.data.train, batch_size, config.workers, seed=config.seed)
+        samples = Samples(
+            ready.data.train, batch_size, config.workers, seed=config.seed, course=plan.course
+        )
         model = build_model(plan.task, config.seed)
         gradients = OneByOne(
             plan.task,

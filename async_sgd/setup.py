@@ -30,6 +30,8 @@ from paramserver.rounds import RoundOptimizer, build_program, check_size
 from paramserver.rules import Damping, RuleSpec
 from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig
+from workers.curriculum import PACINGS
+from workers.difficulty import DIFFICULTIES
 from workers.local import LOCALS, Local
 from workers.programs import check_config, check_samples
 from workers.stopping import STOPPINGS
@@ -154,6 +156,7 @@ class Setup:
             damping=self.damping,
             compensation=self.compensation,
             local=self.local,
+            course=self.config.course(self.task, data),
             layout=layout,
             cuts=cuts,
             num_train=num_train,
@@ -308,6 +311,8 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
             OPTIMIZERS.build(config["optimizer"]),
             RunConfig(
                 **{name: config[name] for name in plain},
+                curriculum=built("curriculum", PACINGS),
+                difficulty=built("difficulty", DIFFICULTIES),
                 early_stopping=built("early_stopping", STOPPINGS),
                 clip=built("clip", CLIPS),
                 schedule=built("schedule", SCHEDULES),

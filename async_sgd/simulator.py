@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 from async_sgd.calibration import Calibration, distance
 from async_sgd.delays import DELAYS, DelayLaw, Exponential
 from async_sgd.jobs import Batched, Gradients, OneByOne, Samples
-from async_sgd.local_server import torch_threads
 from async_sgd.network import Network
 from async_sgd.plan import Plan
 from async_sgd.setup import Ready, Setup
@@ -38,6 +37,7 @@ from workers.examiner import Examiner
 from workers.local import Local
 from workers.run import Run
 from workers.task import Task, build_model
+from workers.threads import torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +190,7 @@ class _Simulated:
             config.batch_size or plan.task.batch_size,
             num_workers,
             seed=config.seed,
+            course=plan.course,
         )
         self._simulation = Simulation(
             self._sequencer,

@@ -19,6 +19,8 @@ from paramserver.clipping import CLIPS
 from paramserver.optimizers import OPTIMIZERS
 from paramserver.registry import Entry, Registry
 from paramserver.schedules import SCHEDULES
+from workers.curriculum import PACINGS
+from workers.difficulty import DIFFICULTIES
 from workers.local import LOCALS
 from workers.stopping import STOPPINGS
 from workers.tasks import TASKS
@@ -37,6 +39,8 @@ KINDS: Mapping[str, Registry[Any]] = {
     "schedules": SCHEDULES,
     "clips": CLIPS,
     "stoppings": STOPPINGS,
+    "curricula": PACINGS,
+    "difficulties": DIFFICULTIES,
 }
 
 

@@ -29,6 +29,8 @@ from paramserver.registry import Registry
 from paramserver.rules import Damping, RuleSpec
 from paramserver.schedules import SCHEDULES, Schedule
 from workers.config import RunConfig
+from workers.curriculum import PACINGS, Pacing
+from workers.difficulty import DIFFICULTIES, Difficulty
 from workers.local import LOCALS, Local
 from workers.stopping import STOPPINGS, EarlyStopping
 from workers.task import Task
@@ -53,6 +55,8 @@ PLUGINS: Mapping[object, Registry[Any]] = {
     Clip: CLIPS,
     Schedule: SCHEDULES,
     EarlyStopping: STOPPINGS,
+    Pacing: PACINGS,
+    Difficulty: DIFFICULTIES,
     DelayLaw: DELAYS,
 }
 

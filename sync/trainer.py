@@ -44,6 +44,7 @@ from sync.step import Reduce
 from sync.worker import Plan
 from workers.batches import Batches
 from workers.config import RunConfig
+from workers.curriculum import Course
 from workers.examiner import Examined
 from workers.packing import pack
 from workers.programs import check_config, check_samples
@@ -124,10 +125,11 @@ class SyncTrainer:
         layout = Layout.of(model := build_model(self.task, self.config.seed))
         if self.program is not None:
             check_size(cast(RoundOptimizer, self.optimizer), self.program, layout.flatten(model))
-        num_train = len(build_data(self.task).train)
+        data = build_data(self.task)
+        num_train = len(data.train)
         if self.program is not None:
             check_samples(OPTIMIZERS.name_of(self.optimizer), self.optimizer, num_train)
-        plan = self._plan(layout, num_train)
+        plan = self._plan(layout, num_train, self.config.course(self.task, data))
         run = Run.start(self.task, self.config, layout, self._described())
         optimizer = OPTIMIZERS.describe(self.optimizer)
         start = run.resumed or Checkpoint.fresh(layout, layout.flatten(model), optimizer)
@@ -140,7 +142,7 @@ class SyncTrainer:
             _Driver(self, plan, start, run).drive()
         return run.result()
 
-    def _plan(self, layout: Layout, num_train: int) -> Plan:
+    def _plan(self, layout: Layout, num_train: int, course: Course | None) -> Plan:
         c = self.config
         batch_size = c.batch_size or self.task.batch_size
         if self.program is None:  # a rank may have no piece of a sample, but never no batch
@@ -158,6 +160,7 @@ class SyncTrainer:
             schedule=c.schedule,
             average=c.average,
             gradient=c.gradient,
+            course=course,
             on_nan=c.on_nan,
             updates=c.updates,
             samples=None if c.epochs is None else math.ceil(c.epochs * num_train),

@@ -26,6 +26,7 @@ from sync.desk import Desk, Part, Position, Snapshot, Status
 from sync.replicas import check_equal
 from sync.step import Outcome, Reduce, Report, Stepper
 from workers.batches import Batches, seed_step
+from workers.curriculum import Course
 from workers.estimate import Estimator, GradientMode
 from workers.examples import Examples
 from workers.gradients import BoundModel
@@ -48,6 +49,8 @@ class Plan:
     clip_reduced: Clip | None = None
     """Applied to the reduced gradient."""
     schedule: Schedule | None = None
+    course: Course | None = None
+    """The order and pace of the samples, if there is a curriculum."""
     average: Average | None = None
     """Of the parameters after each update: what is shown and evaluated in their place."""
     gradient: GradientMode = "reverse"
@@ -124,6 +127,7 @@ class Trainee:
             seed=plan.seed,
             worker=collective.rank,
             num_workers=collective.world,
+            course=plan.course,
         )
         self._names = [slot.name for slot in plan.layout.slots] + ["loss"]
         self._position = Position()
@@ -191,7 +195,7 @@ class Trainee:
         start = time.perf_counter()
         clock = self._position.clock
         seed_step(self._plan.seed, self._collective.rank, clock)
-        indices = self._batches.indices(clock)
+        indices = self._batches.indices(clock, self._position.version)
         batch = self._examples.batch(indices)
         done = self._compute(batch, self._collective.rank, clock)
         return Report(

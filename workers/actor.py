@@ -19,6 +19,7 @@ from paramserver.messages import Kind, Message
 from paramserver.optimizers.push_form import PushForm
 from paramserver.transports.shared_memory import SharedMemoryConnection
 from workers.batches import Batches
+from workers.curriculum import Course
 from workers.estimate import GradientMode
 from workers.examiner import Examined, Examiner, Keep
 from workers.examples import Examples
@@ -112,6 +113,7 @@ class Worker:
         clip: Clip | None,
         gradient: GradientMode = "reverse",
         local: Local | None = None,
+        course: Course | None = None,
     ) -> Finished:
         """Train until the run has ended."""
         batches = Batches(
@@ -120,6 +122,7 @@ class Worker:
             seed=self._seed,
             worker=worker,
             num_workers=num_workers,
+            course=course,
         )
         with servers.connect(worker, incarnation) as client:
             return train(

@@ -6,7 +6,8 @@
     batch c is the c-th piece of batch_size of it         [2 4] [0 0] [2 4] [4 2] ...
 
 So a worker sees each of its samples once a pass, and a batch depends on (seed, worker, clock)
-alone: a worker that takes over at any clock reads what the lost one would have read.
+alone: a worker that takes over at any clock reads what the lost one would have read. Under a
+curriculum it depends on the version as well; see `workers.curriculum`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.curriculum import Course, Lessons
+
 _PARTITION, _PASS = range(2)
 """First word of a random stream's key; it keeps the streams of one seed apart."""
 
@@ -28,9 +31,16 @@ class Batches:
     """The batches of one worker, by clock."""
 
     def __init__(
-        self, num_examples: int, batch_size: int, *, seed: int, worker: int, num_workers: int
+        self,
+        num_examples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        worker: int,
+        num_workers: int,
+        course: Course | None = None,
     ) -> None:
-        """Cut the part of ``worker`` out of ``num_examples`` samples.
+        """Cut the part of ``worker`` out of ``num_examples`` samples; ``course`` paces it.
 
         Raises:
             ValueError: A value out of range, or fewer samples than it takes for this worker to
@@ -51,12 +61,19 @@ class Batches:
         self.batch_size = batch_size
         self._seed, self._worker = seed, worker
         self._shuffled = (-1, self.part)  # the latest pass and its order
+        self._lessons = None if course is None else Lessons(course, self.part)
 
-    def indices(self, clock: int) -> Tensor:
+    @property
+    def follows_version(self) -> bool:
+        """Whether a batch depends on the version it is for; if not, it may be read ahead."""
+        return self._lessons is not None
+
+    def indices(self, clock: int, version: int = 0) -> Tensor:
         """Return the samples of the batch at ``clock``, int64, shape ``(batch_size,)``; read them.
 
         Any clock may be asked for, in any order; going on to the next one is cheap. A batch that
         reaches over the end of a pass, or is larger than the part, goes on with the next pass.
+        ``version`` is that of the parameters the batch is for: a curriculum goes by it.
         """
         if clock < 0:
             raise ValueError(f"clock must be 0 or more, got {clock}")
@@ -69,7 +86,8 @@ class Batches:
             piece = self._pass(number)[offset : offset + stop - start]
             pieces.append(piece)
             start += len(piece)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        drawn = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return drawn if self._lessons is None else self._lessons.drawn(drawn, version)
 
     def _pass(self, number: int) -> Tensor:
         if self._shuffled[0] != number:

@@ -11,10 +11,12 @@ from typing import Literal, get_args
 from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.schedules import Schedule
+from workers.curriculum import Course, Pacing
+from workers.difficulty import Difficulty, Loss, places
 from workers.estimate import GradientMode
 from workers.holdout import held_out
 from workers.stopping import EarlyStopping
-from workers.task import Task, is_minimised
+from workers.task import Data, Task, is_minimised
 
 _HELD_OUT = 0.1
 """Share of the training samples that early stopping decides by, if nothing else is said."""
@@ -50,6 +52,13 @@ class RunConfig:
 
     seed: int = 0
     """Seeds the model, the order of the data and everything random in the run."""
+
+    curriculum: Pacing | None = None
+    """Draws easy samples first, and more and more of the others as the run goes on; None draws from
+    all from the start."""
+
+    difficulty: Difficulty | None = None
+    """What tells easy samples from hard ones; None is by a loss, if there is a curriculum."""
 
     clip: Clip | None = None
     """Gradient clipping; None leaves gradients as they are."""
@@ -106,6 +115,8 @@ class RunConfig:
             raise ValueError(f"max_failures must be 0 or more, got {self.max_failures}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        if self.difficulty is not None and self.curriculum is None:
+            raise ValueError("difficulty orders the samples of a curriculum: give that, too")
         if self.validation is not None and not 0 < self.validation < 1:
             raise ValueError(f"validation must be above 0 and below 1, got {self.validation}")
         if self.early_stopping is not None and self.evaluate_every_s == 0:
@@ -130,6 +141,17 @@ class RunConfig:
             raise ValueError(
                 "a resumed run continues in its own folder: give out or resume, not both"
             )
+
+    def course(self, task: Task, data: Data) -> Course | None:
+        """Score the training samples for the curriculum; None if there is none.
+
+        Raises:
+            TaskError: They cannot be scored.
+        """
+        if self.curriculum is None:
+            return None
+        by = self.difficulty or Loss()
+        return Course(self.curriculum, places(by, task, data, self.curriculum.order, self.seed))
 
     @property
     def evaluates_train(self) -> bool:

@@ -34,6 +34,9 @@ class Data:
     test: Examples
     validation: Examples | None = None
     """What early stopping decides by; None if the task sets none apart."""
+    difficulty: Tensor | None = None
+    """A score for each training sample, the higher the harder, for curricula that are to go by it;
+    shape ``(len(train),)``."""
 
 
 class TensorExamples:

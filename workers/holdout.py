@@ -79,4 +79,9 @@ class _HoldOut:
         stream = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(_HELD_OUT,)))
         drawn = torch.from_numpy(np.random.Generator(stream).permutation(num_train))
         away, kept = drawn[:number].sort().values, drawn[number:].sort().values
-        return Data(Selected(data.train, kept), data.test, validation=Selected(data.train, away))
+        return Data(
+            Selected(data.train, kept),
+            data.test,
+            validation=Selected(data.train, away),
+            difficulty=None if data.difficulty is None else data.difficulty[kept],
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,16 +69,18 @@ def train(
     own = None if local is None else local.build()
     model.train()
 
-    def prepare(step: int) -> Batch:
-        """Seed torch for a step, and return its batch."""
+    def prepare(step: int, version: int) -> Batch:
+        """Seed torch for a step from ``version``, and return its batch."""
         seed_step(seed, client.worker, step)
-        return examples.batch(batches.indices(step))
+        return examples.batch(batches.indices(step, version))
 
     reading = client.first_read()
     steps = steps_of(local, client.worker, client.clock)
-    batch = prepare(steps.start)
+    batch: Batch | None = None
     while not isinstance(reading, Ended):
-        done = work(own, reading.params, client.worker, steps, batch, prepare)
+        read_at = functools.partial(prepare, version=reading.version)
+        batch = batch or read_at(steps.start)
+        done = work(own, reading.params, client.worker, steps, batch, read_at)
         if before_push is not None:
             before_push(client.clock)
         client.begin_push(
@@ -87,6 +90,7 @@ def train(
             layer=done.layer,
         )
         steps = steps_of(local, client.worker, client.clock + 1)
-        batch = prepare(steps.start)  # while the shard works
+        # While the shard works, unless what is to be read depends on what comes of it.
+        batch = None if batches.follows_version else prepare(steps.start, reading.version)
         reading = client.end_push()
     return Finished(reading.reason, client.clock)

@@ -14,6 +14,11 @@ def check_config(name: str, config: RunConfig) -> None:
         raise ValueError(
             f"{name} needs more than gradients: clipping would break its searches and products"
         )
+    if config.curriculum is not None:
+        raise ValueError(
+            f"{name} draws its samples by name, the same for all requests of a round, and a "
+            "curriculum would draw others: use a push rule, such as sgd or adam"
+        )
     if config.gradient != "reverse":
         raise ValueError(f"{name} needs exact gradients: use gradient=reverse")
 

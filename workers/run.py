@@ -18,6 +18,8 @@ from paramserver.record import Result, RunFolder, versions
 from paramserver.registry import Registry
 from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig, Target
+from workers.curriculum import PACINGS
+from workers.difficulty import DIFFICULTIES
 from workers.examiner import Examined, Keep
 from workers.packing import unpack
 from workers.stopping import STOPPINGS, Stopper
@@ -32,6 +34,8 @@ _TRAIN_LINE_S = 1.0
 _PLUGINS: Mapping[str, Registry[Any]] = {
     "average": AVERAGES,
     "clip": CLIPS,
+    "curriculum": PACINGS,
+    "difficulty": DIFFICULTIES,
     "early_stopping": STOPPINGS,
     "schedule": SCHEDULES,
 }

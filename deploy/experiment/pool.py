@@ -21,9 +21,9 @@ from ray.exceptions import RayError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from async_sgd.local_server import torch_threads
 from deploy.experiment.pieces import Piece, Settings
 from workers.session import ray_session
+from workers.threads import torch_threads
 
 _Ref: TypeAlias = "ray.ObjectRef[Outcome]"
 

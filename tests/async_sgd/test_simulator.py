@@ -27,6 +27,7 @@ from paramserver.optimizers import OPTIMIZERS, SGD, Adam
 from paramserver.record import Result
 from tests.support.kept import check_that_the_best_is_kept
 from workers.config import RunConfig
+from workers.curriculum import PACINGS
 from workers.stopping import EarlyStopping, Overfitting, Patience
 from workers.tasks import task
 
@@ -114,6 +115,20 @@ def test_early_stopping_keeps_the_best_version(tmp_path: Path, stopping: EarlySt
     result = simulated(tmp_path / "run", optimizer=Adam(lr=0.03), **config)
 
     check_that_the_best_is_kept(result, DIGITS, RunConfig(early_stopping=stopping))
+
+
+def test_a_curriculum_follows_the_version(tmp_path: Path) -> None:
+    paces = {"all": "linear:start=1", "late": "linear:start=0.1,over=1000000"}
+    runs = {name: {"curriculum": PACINGS.parse(text)} for name, text in paces.items()}
+    for name, config in {"none": {}, **runs, "batched": {**runs["late"], "batched": True}}.items():
+        simulated(tmp_path / name, workers=8, updates=100, **config)
+
+    assert torch.equal(params(tmp_path / "all"), params(tmp_path / "none"))
+    late, batched = params(tmp_path / "late"), params(tmp_path / "batched")
+    assert not torch.equal(late, params(tmp_path / "none"))
+    torch.testing.assert_close(batched, late, rtol=1e-3, atol=1e-4)
+    losses = [np.nanmean(columns(tmp_path / name)["loss"]) for name in ("late", "none")]
+    assert losses[0] < losses[1]  # a tenth of the samples, the easiest ones
 
 
 def test_an_average_is_what_is_evaluated(tmp_path: Path) -> None:

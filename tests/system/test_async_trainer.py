@@ -37,6 +37,7 @@ from tests.support.kept import check_that_the_best_is_kept
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
+from workers.curriculum import Linear
 from workers.local import LOCALS
 from workers.stopping import Patience
 from workers.task import Data, Task, TensorExamples, build_model, evaluate
@@ -325,6 +326,16 @@ def test_a_program_too_large_for_its_matrix_is_refused_before_anything_starts(
         trainer.fit()
 
     assert not (tmp_path / "run").exists()
+
+
+def test_a_curriculum_replays_bit_for_bit(tmp_path: Path) -> None:
+    config = RunConfig(
+        updates=150, curriculum=Linear(start=0.1, over=100), threads=1, out=tmp_path / "run"
+    )
+
+    AsyncTrainer(task("digits"), Adam(lr=0.01), config).fit()
+
+    assert Replay(tmp_path / "run").run().distance == 0
 
 
 @pytest.mark.long

@@ -29,6 +29,7 @@ from tests.support.kept import check_that_the_best_is_kept
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
+from workers.curriculum import Linear
 from workers.stopping import Patience
 from workers.task import Batch, Data, Task, TensorExamples, build_model, evaluate
 from workers.tasks import task
@@ -197,6 +198,15 @@ def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
     result = SyncTrainer(task("digits"), Adam(lr=0.01), config).fit()
 
     check_that_the_best_is_kept(result, task("digits"), config)
+
+
+def test_ranks_draw_what_the_version_lets_them(tmp_path: Path) -> None:
+    paces = {"none": None, "all": Linear(start=1), "late": Linear(start=0.1, over=10**6)}
+    for name, pacing in paces.items():
+        run(tmp_path / name, updates=20, curriculum=pacing, evaluate_every_s=0)
+
+    assert torch.equal(params(tmp_path / "all"), params(tmp_path / "none"))
+    assert not torch.equal(params(tmp_path / "late"), params(tmp_path / "none"))
 
 
 def test_progress_tells_of_training_and_of_tests(tmp_path: Path) -> None:
