@@ -26,6 +26,9 @@ _PRINTED: Mapping[str, str] = {
 }
 """Colours of a picture, those of the light page."""
 
+_WIDE = 500
+"""Largest by least value of a logarithmic axis from which on powers of ten alone are marked."""
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -127,7 +130,9 @@ def _fill(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     for axis, is_log in ((axes.xaxis, panel.log_x), (axes.yaxis, panel.log_y)):
         if is_log and has_points:
             (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axis.get_view_interval()
+            is_wide = high > _WIDE * low
+            axis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
             axis.set_minor_locator(NullLocator())
         else:
             axis.set_major_locator(MaxNLocator(5, steps=plots.STEPS))

@@ -27,6 +27,10 @@ NAMED: Mapping[str, tuple[str, str]] = {
         "deploy.experiment.momentum_placement",
         "why momentum on the server fails, and DANA does not (Hakimi et al.)",
     ),
+    "batch-size": (
+        "deploy.experiment.batch_size",
+        "noise, speed, generalisation gap and sharpness by batch size (Keskar et al.)",
+    ),
 }
 """Module and a line, by name."""
 
