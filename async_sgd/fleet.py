@@ -28,6 +28,7 @@ from paramserver.errors import (
     ServerTimeoutError,
 )
 from paramserver.ledger import Ledger
+from paramserver.measures import summary
 from paramserver.shard import Saved
 from workers.actor import Servers, WorkerActor
 from workers.loop import Finished
@@ -77,6 +78,7 @@ class Fleet:
         }
         self._has_failed = False
         self._task_ref, self._course_ref = ray.put(plan.task), ray.put(plan.course)
+        self._measures: dict[str, Any] = {}  # of the pushes up to the last checkpoint
         self._evaluations = Evaluations(
             self._task_ref,
             self._config.seed,
@@ -264,6 +266,8 @@ class Fleet:
         timeout_s = self._config.call_timeout_s
         others = [s.saved.remote(saved.version, timeout_s) for s in self._shards[1:]]
         parts: list[Saved] = [saved, *self._get(others, "saving")]
+        ledger.measure(self._plan.measures(parts))
+        self._measures = summary(ledger.columns())
         self._run.save(self._plan.checkpoint(parts, progress), ledger)
 
     def _stop(self, reason: str) -> None:
@@ -291,18 +295,20 @@ class Fleet:
         self._run.finish(reason, self._status(), self._summary())
 
     def _summary(self) -> dict[str, Any]:
-        summary: dict[str, Any]
-        (summary,) = self._get([self._shards[0].summary.remote()], "reading the ledger")
-        return {**summary, "threads": self._threads}
+        told: dict[str, Any]
+        (told,) = self._get([self._shards[0].summary.remote()], "reading the ledger")
+        if self._plan.measure:
+            told["measures"] = self._measures
+        return {**told, "threads": self._threads}
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Write the record of a run that broke, as far as it can be had, and raise why."""
         self._has_failed = True
         reason = error.reason if isinstance(error, RunFailedError) else str(error)
-        summary: dict[str, Any] = {}
+        told: dict[str, Any] = {}
 
         def summarise() -> None:
-            summary.update(self._summary())
+            told.update(self._summary())
 
         for last_duty in (
             lambda: self._stop(reason),
@@ -315,7 +321,7 @@ class Fleet:
                 last_duty()
             except (ParamServerError, ValueError, ray.exceptions.RayError) as another:
                 logger.warning("after %s: %s", type(error).__name__, another)
-        self._run.finish(f"error: {reason}", self._last_status, summary)
+        self._run.finish(f"error: {reason}", self._last_status, told)
         raise RunFailedError(reason, str(self._run.folder.path)) from error
 
     def _get(self, refs: Sequence[Any], doing: str) -> list[Any]:

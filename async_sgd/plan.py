@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from paramserver.checkpoint import Checkpoint, gather_state, scatter_state
 from paramserver.clipping import Clip
 from paramserver.compensation import Compensation
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
+from paramserver.measures import measured
 from paramserver.optimizers import AnyOptimizer
 from paramserver.optimizers.push_form import Place, PushForm
 from paramserver.rounds import RoundProgram
@@ -45,6 +48,8 @@ class Plan:
     """Steps of workers' own between a read and a push."""
     course: Course | None
     """The order and pace of the samples, if there is a curriculum."""
+    measure: tuple[str, ...]
+    """What is measured of each push, some of `paramserver.measures.MEASURES`."""
     layout: Layout
     cuts: tuple[range, ...]
     num_train: int
@@ -106,6 +111,7 @@ class Plan:
             clip=None if config.clip == self.clip_at_worker else config.clip,
             compensation=self.compensation,
             average=config.average,
+            measure=self.measure,
             version=start.version,
             rule_state=None if state is None else scatter_state(state, cut),
             schedule_state=None if state is None else state.schedule,
@@ -130,6 +136,11 @@ class Plan:
                 "rounds": parts[0].rounds,
             },
         )
+
+    def measures(self, parts: Sequence[Saved]) -> dict[str, NDArray[np.float64]]:
+        """Join what the shards have measured up to one version, in their order."""
+        sums = [part.measured for part in parts if part.measured is not None]
+        return measured(self.measure, sums) if self.measure and sums else {}
 
     @property
     def capacity(self) -> int:

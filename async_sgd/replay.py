@@ -17,11 +17,12 @@ another one here: each worker has a model of its own, a replay has one for all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from async_sgd.jobs import OneByOne, Samples
@@ -32,6 +33,7 @@ from paramserver.checkpoint import load_checkpoint
 from paramserver.compensation import Compensation
 from paramserver.errors import RecordError
 from paramserver.ledger import COLUMNS, Ledger, Move
+from paramserver.measures import summary
 from paramserver.record import RunFolder, read_record
 from paramserver.rules import Damping
 from paramserver.shard import Shard
@@ -78,6 +80,8 @@ class Replayed:
     the run has no checkpoint of that version."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the parameters at the end."""
+    measures: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Mean and largest of what was measured of each push, if the run measured it."""
 
 
 class Replay:
@@ -175,7 +179,10 @@ class Replay:
         config, layout = plan.config, plan.layout
         start = ready.start(None, self.folder)
         buffers = Buffers(plan.capacity, layout.numel, layout.dtype)
-        shard = plan.shard(0, "", "", start).build(start.params, buffers)
+        made_of = plan.shard(0, "", "", start)
+        if plan.measure:
+            made_of = replace(made_of, measured_cuts=layout.cuts(self._num_shards))
+        shard = made_of.build(start.params, buffers)
         assert isinstance(shard, Shard), "round programs were refused"
         batch_size = config.batch_size or plan.task.batch_size
         samples = Samples(
@@ -244,7 +251,12 @@ class Replay:
 
     def _came_out(self, ready: Ready, server: LocalServer, num_pushes: int) -> Replayed:
         plan, version = ready.plan, server.sequencer.version
-        params = server.save().params
+        saved = server.save()
+        params = saved.params
+        server.sequencer.ledger.measure(plan.measures([saved]))
+        columns = server.sequencer.ledger.columns()
+        if self._what_if is None:
+            self._compare_measures(columns)
         distance = None
         folder = RunFolder(self.folder).checkpoint
         if folder.exists():
@@ -257,7 +269,23 @@ class Replay:
                 plan.task, model, ready.data, plan.layout, plan.cuts, seed=plan.config.seed
             )
             metrics = examiner.examine(version, [shown]).metrics
-        return Replayed(num_pushes, version, params, distance, metrics)
+        return Replayed(num_pushes, version, params, distance, metrics, summary(columns))
+
+    def _compare_measures(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Raise RecordError if a measure differs from the recorded one in a bit."""
+        recorded = self._ledger.columns()
+        for name in self._setup.measure:
+            then = recorded.get(name)
+            if then is None:  # the run was killed before it was saved
+                continue
+            differs = ~((then == columns[name]) | (np.isnan(then) & np.isnan(columns[name])))
+            if differs.any():
+                row = int(differs.argmax())
+                raise RecordError(
+                    f"{self.folder}: the {name} of push {row} is another one now: {then[row]!r} "
+                    f"then and {columns[name][row]!r} now; bits are equal on processors of one "
+                    "kind and with the same torch"
+                )
 
 
 def _move(server: LocalServer, kind: int, worker: int, incarnation: int, now: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from paramserver.clipping import CLIPS
 from paramserver.compensation import Compensation, check_compensation
 from paramserver.errors import CheckpointError, RecordError
 from paramserver.layout import Layout
+from paramserver.measures import check_measures
 from paramserver.optimizers import OPTIMIZERS, SGD, AnyOptimizer
 from paramserver.optimizers.base import is_per_worker, needs_norm
 from paramserver.optimizers.push_form import PushForm
@@ -76,6 +77,7 @@ class Setup:
         damping: Damping | None,
         compensation: Compensation | None,
         local: Local | None = None,
+        measure: Sequence[str] = (),
         shards: int,
     ) -> None:
         """Check it.
@@ -90,7 +92,8 @@ class Setup:
         if self.program is not None and not isinstance(self.rule, Pieces):
             self.form, self.program = self._push_form(), None
         self.damping, self.compensation, self.shards = damping, compensation, shards
-        self.local = local
+        self.local, self.measure = local, tuple(measure)
+        check_measures(self.measure)
         self._check_program()
         if local is not None:
             self._check_local(local)
@@ -114,6 +117,7 @@ class Setup:
             "damping": None if damping is None else DAMPINGS.describe(damping),
             "compensation": None if compensation is None else COMPENSATIONS.describe(compensation),
             "local": None if local is None else LOCALS.describe(local),
+            "measure": list(self.measure),
             "shards": self.shards,
         }
 
@@ -157,6 +161,7 @@ class Setup:
             compensation=self.compensation,
             local=self.local,
             course=self.config.course(self.task, data),
+            measure=self.measure,
             layout=layout,
             cuts=cuts,
             num_train=num_train,
@@ -267,6 +272,11 @@ class Setup:
                 if self.form is not None
                 else f"{name} is a round program: nothing in a round is stale, or compensated"
             )
+        if self.measure:
+            raise ValueError(
+                f"{name} does not push a gradient alone, and measure {','.join(self.measure)} is "
+                "of gradients that are stale: leave it out, or use a push rule"
+            )
         check_config(name, self.config)
         if self.form is not None and self.form.work == "block" and self.config.schedule is not None:
             raise ValueError(
@@ -322,6 +332,7 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
             damping=built("damping", DAMPINGS),
             compensation=built("compensation", COMPENSATIONS),
             local=built("local", LOCALS),
+            measure=config.get("measure", ()),
             shards=1,
         )
     except KeyError as error:

@@ -27,6 +27,7 @@ from async_sgd.simulation import Buffers, Change, Simulation, Times, late_joiner
 from async_sgd.streams import Delays, Stream
 from paramserver.compensation import Compensation
 from paramserver.errors import ParamServerError, ResourceError, RunFailedError
+from paramserver.measures import summary
 from paramserver.optimizers import AnyOptimizer
 from paramserver.record import Result
 from paramserver.rules import Damping, RuleSpec
@@ -67,6 +68,7 @@ class Simulator:
         damping: Damping | None = None,
         compensation: Compensation | None = None,
         local: Local | None = None,
+        measure: Sequence[str] = (),
         network: Network | None = None,
         service: DelayLaw | None = None,
         changes: Sequence[Change] = (),
@@ -86,6 +88,8 @@ class Simulator:
             damping: Shortens the steps of stale gradients; None does not.
             compensation: Corrects stale gradients; None does not.
             local: Steps of workers' own between a read and a push; None pushes each gradient.
+            measure: What is measured of each push beside its staleness, some of ``gap``,
+                ``cosine`` and ``step`` (`paramserver.measures`).
             network: Between each worker and the server; None takes no time.
             service: Virtual seconds the server takes for a push, one after the other; None is none.
             changes: Workers that come or go on the way.
@@ -99,7 +103,7 @@ class Simulator:
         """
         self._setup = Setup(
             task, optimizer, config or RunConfig(), rule=rule, damping=damping,
-            compensation=compensation, local=local, shards=1,
+            compensation=compensation, local=local, measure=measure, shards=1,
         )  # fmt: skip
         self.config = self._setup.config
         self.delay: DelayLaw = delay or Exponential()
@@ -268,16 +272,18 @@ class _Simulated:
         self.run.finish(reason, status, self._summary())
 
     def _summary(self) -> dict[str, Any]:
-        summary = self._standing.summary()
+        told = self._standing.summary()
+        if self._plan.measure:
+            told["measures"] = summary(self._sequencer.ledger.columns())
         if self._like is not None:
             simulated = self._sequencer.ledger.staleness.histogram()
-            summary["like"] = {
+            told["like"] = {
                 "path": str(self._like.folder),
                 "gradients_per_s": self._like.gradients_per_s,
                 "staleness": {"histogram": dict(self._like.staleness)},
                 "distance": distance(self._like.staleness, simulated),
             }
-        return summary
+        return told
 
     def _status(self) -> dict[str, Any]:
         return self._standing.status(self._simulation.now)
@@ -290,6 +296,7 @@ class _Simulated:
 
     def _save(self) -> None:
         saved = self._simulation.server.save()
+        self._sequencer.ledger.measure(self._plan.measures([saved]))
         checkpoint = self._plan.checkpoint([saved], self._sequencer.progress())
         self.run.save(checkpoint, self._sequencer.ledger)
 

@@ -12,7 +12,7 @@ workers that died, and ends the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from async_sgd.fleet import Fleet
@@ -41,6 +41,7 @@ class AsyncTrainer:
         damping: Damping | None = None,
         compensation: Compensation | None = None,
         local: Local | None = None,
+        measure: Sequence[str] = (),
         shards: int = 1,
         progress: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
@@ -56,6 +57,8 @@ class AsyncTrainer:
             damping: Shortens the steps of stale gradients; None does not.
             compensation: Corrects stale gradients by what has changed since; None does not.
             local: Steps of workers' own between a read and a push; None pushes each gradient.
+            measure: What is measured of each push beside its staleness, some of ``gap``,
+                ``cosine`` and ``step`` (`paramserver.measures`).
             shards: Server processes the parameters are cut over.
             progress: Called with the state of the run a few times a second.
 
@@ -71,6 +74,7 @@ class AsyncTrainer:
             damping=damping,
             compensation=compensation,
             local=local,
+            measure=measure,
             shards=shards,
         )
         self.progress = progress

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.progress import metric_label
+from paramserver.measures import MEASURES
 from paramserver.record import AXES, Record
 
 Columns = dict[str, NDArray[Any]]
@@ -39,6 +40,7 @@ def applied_pushes(record: Record) -> Columns | None:
         "worker": pushes["worker"],
         "staleness": pushes["staleness"],
         "loss": pushes["loss"],
+        **{name: pushes[name] for name in MEASURES if name in pushes},
     }
 
 

@@ -63,6 +63,8 @@ def _staleness(record: Mapping[str, Any]) -> dict[str, str]:
     if staleness:
         shown = [f"{k} {staleness[k]:.3g}" for k in ("mean", "p95", "max") if k in staleness]
         rows["staleness"] = ", ".join(shown)
+    for name, of in record.get("measures", {}).items():
+        rows[name] = measure(of)
     like = record.get("like")
     if like:
         rows["recorded run"] = (
@@ -87,6 +89,12 @@ def _ending(record: Mapping[str, Any]) -> dict[str, str]:
     if "stopped_because" in record:
         rows["stopped because"] = str(record["stopped_because"])
     return rows
+
+
+def measure(of: Mapping[str, float | None]) -> str:
+    """Write the mean and the largest value of what was measured of each push."""
+    shown = [f"{which} {value:.4g}" for which, value in of.items() if value is not None]
+    return ", ".join(shown) or "no value"
 
 
 def _metrics(values: Mapping[str, float]) -> str:

@@ -145,6 +145,65 @@ def histogram(name: str, counts: Sequence[tuple[int, Mapping[int, int]]]) -> str
         return svg(figure, name, "histogram of staleness")
 
 
+def worker_histograms(name: str, pushes: Columns, workers: Sequence[int]) -> str:
+    """Draw the share of each worker's pushes at each staleness, a small panel a worker.
+
+    Args:
+        name: Starts the ids in the plot.
+        pushes: ``worker`` and ``staleness`` of applied pushes.
+        workers: Those to be shown, each with a push or more.
+    """
+    largest = int(pushes["staleness"].max())
+    width = max(1, math.ceil((largest + 1) / 24))
+    edges = np.arange(0, largest + 1 + width, width) - 0.5
+    num_columns = min(4, len(workers))
+    num_rows = math.ceil(len(workers) / num_columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.55 + 1.25 * num_rows), layout="constrained")
+        grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+        for panel, worker in zip(grid.flat, workers, strict=False):
+            own = pushes["staleness"][pushes["worker"] == worker]
+            share = np.histogram(own, bins=edges)[0] / len(own) * 100
+            panel.bar((edges[:-1] + edges[1:]) / 2, share, 0.82 * width, color=line(0)["color"])
+            panel.set_title(f"worker {worker}: mean {own.mean():.3g}, {len(own):,} pushes")
+            panel.set_ylim(bottom=0)
+            _tidy(panel, whole_x=True)
+        for panel in grid.flat[len(workers) :]:
+            panel.set_visible(False)
+        bars = f", in steps of {width}" if width > 1 else ""
+        figure.supxlabel(f"staleness{bars}; share of pushes (%)", color=_MUTED, fontsize=9.5)
+        return svg(figure, name, "histogram of staleness of each worker")
+
+
+def by_staleness(name: str, pushes: Columns, keys: Sequence[str]) -> str:
+    """Draw measures of pushes against their staleness: the median, and nine tenths of them.
+
+    Args:
+        name: Starts the ids in the plot.
+        pushes: ``staleness`` and ``keys`` of applied pushes; NaN is left out.
+        keys: One or more measures, a panel each.
+    """
+    largest = int(pushes["staleness"].max())
+    width = max(1, math.ceil((largest + 1) / 60))
+    bins = pushes["staleness"] // width
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        for panel, key in zip(figure.subplots(1, len(keys), squeeze=False).flat, keys, strict=True):
+            there = ~np.isnan(pushes[key])
+            values = {b: pushes[key][there & (bins == b)] for b in np.unique(bins[there])}
+            x = [(b + 0.5) * width - 0.5 for b in values]
+            spread = [np.quantile(v, (0.05, 0.5, 0.95)) for v in values.values()]
+            low, middle, high = np.array(spread).reshape(-1, 3).T
+            panel.fill_between(x, low, high, color=line(0)["color"], alpha=0.2, linewidth=0)
+            panel.plot(x, middle, marker="o", markersize=3.0, **line(0))
+            panel.set_title(key)
+            panel.set_xlabel("staleness")
+            if key != "cosine":
+                panel.set_ylim(bottom=0)
+            _tidy(panel, whole_x=True)
+        return svg(figure, name, f"{', '.join(keys)} against staleness")
+
+
 def staleness_over_time(name: str, pushes: Columns, workers: Sequence[int]) -> str:
     """Draw the mean staleness of each worker over time.
 

@@ -15,6 +15,7 @@ from async_sgd.compensation import COMPENSATIONS
 from async_sgd.damping import DAMPINGS
 from async_sgd.replay import Replay, Replayed, WhatIf
 from deploy.flags import Parser, UsageError
+from deploy.outcome import measure
 from deploy.progress import Progress
 from workers.tasks import task
 
@@ -81,6 +82,9 @@ def _outcome(recorded: Mapping[str, Any], replayed: Replayed, *, is_as_it_was: b
     rows["replayed"] = _metrics(replayed.metrics)
     if recorded.get("final"):
         rows["recorded"] = _metrics(recorded["final"])
+    then = recorded.get("measures", {})
+    for name, of in replayed.measures.items():
+        rows[name] = measure(of) + (f" (recorded: {measure(then[name])})" if name in then else "")
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table

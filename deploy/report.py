@@ -14,8 +14,10 @@ import numpy as np
 
 from deploy import curves, page, plots
 from deploy.progress import TRAIN_SAMPLE
+from deploy.outcome import measure
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
+from paramserver.measures import MEASURES
 from paramserver.record import Record, RunFolder, read_record
 
 _MAX_ROWS = 16
@@ -23,6 +25,12 @@ _MAX_ROWS = 16
 
 _PROGRESS = (
     "By gradients, updates and time. A point of a long line is the mean of neighbouring values."
+)
+
+_MEASURES_CAPTION = (
+    "Of the pushes of each staleness the median, and the range of nine tenths of them. gap: how "
+    "far the parameters had moved since the read. cosine: between a step along the gradient and "
+    "the update before. step: how far the push's update moved the parameters."
 )
 
 _NO_RESULT = "the record has no result: the run still goes, or was killed"
@@ -133,6 +141,8 @@ def _facts(record: Record) -> dict[str, str]:
     if "staleness" in done:
         s = done["staleness"]
         said["staleness"] = ", ".join(f"{k} {_value(s[k])}" for k in ("mean", "p50", "p95", "max"))
+    for name, of in done.get("measures", {}).items():
+        said[name] = measure(of)
     if "dropped" in done:
         dropped = [f"{count:,} {reason}" for reason, count in done["dropped"].items()]
         said["dropped"] = ", ".join(dropped) or "none"
@@ -192,15 +202,16 @@ def _staleness(record: Record) -> Iterator[str]:
     counts = curves.staleness_counts(record)
     if counts:
         like = _result(record).get("like")
-        shown, legend, note = [(0, counts)], [], "Applied pushes, all workers."
+        histograms, legend, note = [(0, counts)], [], "Applied pushes, all workers."
         if like is not None:
             recorded = {int(s): n for s, n in like["staleness"]["histogram"].items()}
-            shown, legend = [*shown, (1, recorded)], [("simulated", 0), ("recorded", 1)]
+            histograms = [*histograms, (1, recorded)]
+            legend = [("simulated", 0), ("recorded", 1)]
             note += (
                 f" The recorded run {like['path']} made {like['gradients_per_s']:,.4g} gradients a "
                 f"second; the two histograms are {like['distance']:.3f} apart (total variation)."
             )
-        svg = plots.histogram("histogram", shown)
+        svg = plots.histogram("histogram", histograms)
         yield page.figure(svg, "How stale gradients were", note, legend)
     pushes = curves.applied_pushes(record)
     if pushes is None:
@@ -217,6 +228,14 @@ def _staleness(record: Record) -> Iterator[str]:
     else:
         caption = f"The line is the mean of {len(workers)} workers, the band their means' range."
         yield page.figure(svg, "Staleness over time", caption)
+    shown = workers[:_MAX_ROWS]
+    caption = "" if len(shown) == len(workers) else f"The first {len(shown)} of {len(workers)}."
+    svg = plots.worker_histograms("histograms", pushes, shown)
+    yield page.figure(svg, "How stale each worker's gradients were", caption)
+    measures = [name for name in MEASURES if name in pushes and not np.isnan(pushes[name]).all()]
+    if measures:
+        svg = plots.by_staleness("measures", pushes, measures)
+        yield page.figure(svg, "What staleness did", _MEASURES_CAPTION)
     per_worker = _result(record).get("staleness", {}).get("per_worker", {})
     if per_worker:
         yield page.table(

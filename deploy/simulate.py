@@ -16,6 +16,7 @@ from async_sgd.simulator import REAL_ONLY, Simulator
 from deploy.flags import Flags, Parser, UsageError, spell
 from deploy.running import DEFAULT_EPOCHS, PLUGINS, RunFlags, Tell, make_run
 from paramserver.compensation import Compensation
+from paramserver.measures import measures_of
 from paramserver.record import read_record
 from paramserver.rules import Damping, RuleSpec
 from workers.config import RunConfig
@@ -46,6 +47,11 @@ class SimulateFlags(RunFlags):
     """Steps a worker takes by itself between a read and a push, one of `paramserver list locals`;
     each takes a delay."""
 
+    measure: str | None = None
+    """What is measured of each push beside its staleness, some of ``gap,cosine,step``: how far the
+    parameters have moved since the read, whether it goes on the way of the last update, and how far
+    its own update moves them; none unless given."""
+
     service: DelayLaw | None = None
     """Seconds the server takes for a push, one after the other; none unless given."""
 
@@ -71,6 +77,7 @@ class SimulateFlags(RunFlags):
     def __post_init__(self) -> None:
         RunFlags.__post_init__(self)
         self.network()
+        measures_of(self.measure)
         self.parsed_changes()
 
     def network(self) -> Network:
@@ -129,6 +136,7 @@ def _like(given: Mapping[str, Any]) -> dict[str, Any]:
         "rule": setup.rule,
         "damping": setup.damping,
         "compensation": setup.compensation,
+        "measure": ",".join(setup.measure) or None,
         "delay": calibrate(record.path).law,
         "epochs": None,
         "updates": record.result["updates"],
@@ -147,6 +155,7 @@ def simulator(flags: SimulateFlags, progress: Tell) -> Simulator:
         damping=flags.damping,
         compensation=flags.compensation,
         local=flags.local,
+        measure=measures_of(flags.measure),
         network=flags.network(),
         service=flags.service,
         changes=flags.parsed_changes(),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from deploy.flags import Flags, Parser
 from deploy.running import DEFAULT_EPOCHS, PLUGINS, RunFlags, Tell, Trainer, make_run
 from paramserver.compensation import Compensation
+from paramserver.measures import measures_of
 from paramserver.rules import Damping, RuleSpec
 from workers.local import Local
 
@@ -17,6 +18,7 @@ _ONLY_IN: Mapping[str, Literal["async", "sync"]] = {
     "damping": "async",
     "compensation": "async",
     "local": "async",
+    "measure": "async",
     "shards": "async",
     "reduce": "sync",
     "collective": "sync",
@@ -46,6 +48,12 @@ class TrainFlags(RunFlags):
     """Steps a worker takes by itself between a read and a push, one of `paramserver list locals`;
     async only, where it is none unless given: each gradient is pushed."""
 
+    measure: str | None = None
+    """What is measured of each push beside its staleness, some of ``gap,cosine,step``: how far the
+    parameters have moved since the read, whether it goes on the way of the last update, and how far
+    its own update moves them; async only, where it is none unless given. Costs passes over memory.
+    """
+
     shards: int | None = None
     """Server processes the parameters are cut over; async only, where it is 1 unless given."""
 
@@ -63,13 +71,15 @@ class TrainFlags(RunFlags):
                 raise ValueError(
                     f"{name} is for mode {mode} only, and this run's is {self.mode}{instead}"
                 )
+        measures_of(self.measure)
         if self.shards is not None and self.shards < 1:
             raise ValueError(f"shards must be 1 or more, got {self.shards}")
 
     def only_mine(self) -> dict[str, Any]:
         """Return the options of this run's mode that were given."""
         mine = {name: getattr(self, name) for name, mode in _ONLY_IN.items() if mode == self.mode}
-        return {name: value for name, value in mine.items() if value is not None}
+        given = {name: value for name, value in mine.items() if value is not None}
+        return {**given, "measure": measures_of(given["measure"])} if "measure" in given else given
 
 
 def run(argv: Sequence[str]) -> int:

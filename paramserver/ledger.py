@@ -1,9 +1,9 @@
-"""What happened to every push: one row each, staleness statistics, and the law they must obey.
+"""What happened to every push: one row each, and staleness statistics.
 
 The `Ledger` is written by whoever orders the pushes, in that order, and is the record a run leaves
-behind. `StalenessStats` and `Conservation` are kept up while the run goes, in constant time a push,
-so that a report or a check never reads the rows again. `paramserver.recount` does read them again:
-the same facts once more, from the rows alone.
+behind. `StalenessStats`, and `paramserver.conservation`, are kept up while the run goes, in
+constant time a push, so that a report or a check never reads the rows again. `paramserver.recount`
+does read them again: the same facts once more, from the rows alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paramserver.errors import RecordError
+from paramserver.measures import MEASURES
 
 COLUMNS = np.dtype(
     [
@@ -73,6 +75,8 @@ class Ledger:
         self._codes: dict[str, int] = {}  # drop reason -> code in the column, 1, 2, …
         self._drops: dict[str, int] = {}  # drop reason -> pushes
         self._moves: list[tuple[int, int, int, int, float]] = []
+        self._measures: dict[str, NDArray[np.float64]] = {}
+        self._num_loaded = 0  # rows that came from a file, with their measures
         self.staleness = StalenessStats()
         """Staleness of the applied pushes so far."""
 
@@ -141,9 +145,30 @@ class Ledger:
         """
         return np.array(self._moves, MOVES)
 
+    def measure(self, measures: Mapping[str, NDArray[np.float64]]) -> None:
+        """Add columns: a value for each applied push since the ledger was made or loaded.
+
+        Where there are fewer values the rest is NaN, as in rows of dropped pushes and in rows of
+        a resumed run from before it measured. They take the place of what was added before.
+        """
+        new = self._rows[self._num_loaded : self._num_rows]
+        applied = self._num_loaded + np.flatnonzero(new["dropped"] == 0)
+        for name, values in measures.items():
+            column = np.full(self._num_rows, np.nan)
+            before = self._measures.get(name, column)[: self._num_loaded]
+            column[: len(before)] = before
+            column[applied[: len(values)]] = values
+            self._measures[name] = column
+
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Return a copy of each column, by name."""
-        return {name: self._rows[name][: self._num_rows].copy() for name in COLUMNS.names or ()}
+        """Return a copy of each column, by name; measures come last, where there are any."""
+        columns: dict[str, NDArray[Any]] = {
+            name: self._rows[name][: self._num_rows].copy() for name in COLUMNS.names or ()
+        }
+        for name, values in self._measures.items():
+            columns[name] = np.full(self._num_rows, np.nan)
+            columns[name][: len(values)] = values
+        return columns
 
     def rows(self, start: int) -> NDArray[np.void]:
         """Return the rows from number ``start`` on, without a copy, as one structured array."""
@@ -191,6 +216,7 @@ class Ledger:
                 reasons = [str(reason) for reason in file["reasons"]]
                 columns = {name: file[name] for name in COLUMNS.names or ()}
                 moves = file["moves"].astype(MOVES).tolist()
+                measures = {name: file[name] for name in MEASURES if name in file}
             rows = np.zeros(len(columns["version"]), COLUMNS)
             for name, column in columns.items():
                 rows[name] = column
@@ -205,7 +231,8 @@ class Ledger:
         for worker, staleness in applied[["worker", "staleness"]].tolist():
             ledger.staleness.add(worker, staleness)
         ledger._rows = np.concatenate([rows, ledger._rows])
-        ledger._num_rows = len(rows)
+        ledger._num_rows = ledger._num_loaded = len(rows)
+        ledger._measures = measures
         ledger._moves = moves
         return ledger
 
@@ -294,91 +321,4 @@ class StalenessStats:
             "p50": self.quantile(0.5),
             "p95": self.quantile(0.95),
             "histogram": self.histogram(),
-        }
-
-
-class Conservation:
-    """The law of conserved staleness, checked to the integer: no read or update goes uncounted.
-
-    Every update makes each gradient in flight one version staler. Count that twice, once where it
-    happens and once where it ends up:
-
-        sum over pushes that arrived of their staleness
-        + sum over reads still in flight of their age
-        + sum over reads that were abandoned of their age then
-        ==  sum over updates of the number of reads in flight
-
-    A read is in flight from `on_read` to its arrival, and the push that completes an update is out
-    of flight before it. The law holds for any delays, any rule and any joins, leaves and drops.
-
-    With ``M`` workers that read again as soon as they have pushed, each of ``B`` updates finds
-    ``M - 1`` reads in flight, the pusher's being the one that is not. So with one push an update
-    and no drops the staleness of all pushes is ``B * (M - 1)`` less the ages still in flight, and
-    its mean goes to ``M - 1`` whoever is fast or slow. If ``c`` pushes make an update, the sum over
-    pushes is the same and the mean ``(M - 1) / c``.
-
-    A bookkeeping error breaks the equality: a read at another version than was recorded, an update
-    that counts twice, a push applied twice.
-    """
-
-    def __init__(self, version: int = 0) -> None:
-        """Start at ``version`` with nothing in flight."""
-        self._version = version
-        self._reads: dict[int, int] = {}  # worker -> version of its read in flight
-        self._sum_reads = 0
-        self._arrived = 0
-        self._abandoned = 0
-        self._right = 0
-
-    def on_read(self, worker: int, version: int) -> None:
-        """Let ``worker`` start a gradient on ``version``; one it had in flight is abandoned."""
-        self.on_abandon(worker, self._version)
-        self._reads[worker] = version
-        self._sum_reads += version
-
-    def on_arrival(self, worker: int, read_version: int, version: int) -> None:
-        """Let a push read at ``read_version`` arrive at ``version``, to be applied or dropped."""
-        assert worker in self._reads, f"worker {worker} pushed without having read"
-        self._sum_reads -= self._reads.pop(worker)
-        self._arrived += version - read_version
-
-    def on_abandon(self, worker: int, version: int) -> None:
-        """Give up the read of ``worker``, dead or told to stop at ``version``, if it has one."""
-        read_version = self._reads.pop(worker, None)
-        if read_version is not None:
-            self._sum_reads -= read_version
-            self._abandoned += version - read_version
-
-    def on_bump(self, version: int) -> None:
-        """Count the update that made ``version``."""
-        self._version = version
-        self._right += len(self._reads)
-
-    def read_version(self, worker: int) -> int | None:
-        """Return the version ``worker`` has in flight; None if it has no read."""
-        return self._reads.get(worker)
-
-    @property
-    def in_flight_age(self) -> int:
-        """Sum of the ages, in versions, of the reads in flight."""
-        return len(self._reads) * self._version - self._sum_reads
-
-    @property
-    def holds(self) -> bool:
-        """Whether both sides are equal."""
-        return self._left == self._right
-
-    @property
-    def _left(self) -> int:
-        return self._arrived + self.in_flight_age + self._abandoned
-
-    def report(self) -> dict[str, int | bool]:
-        """Return both sides, whether they are equal, and what the left one consists of."""
-        return {
-            "left": self._left,
-            "right": self._right,
-            "holds": self.holds,
-            "arrived": self._arrived,
-            "in_flight": self.in_flight_age,
-            "abandoned": self._abandoned,
         }

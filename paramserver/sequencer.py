@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from paramserver.conservation import Conservation
 from paramserver.errors import (
     InvariantError,
     NonFiniteGradientError,
@@ -18,7 +19,7 @@ from paramserver.errors import (
     ProtocolError,
     StragglerTimeoutError,
 )
-from paramserver.ledger import Conservation, Ledger, Move
+from paramserver.ledger import Ledger, Move
 from paramserver.messages import Action, Kind, Message
 from paramserver.rules import Damping, Drop, Push, Rule
 

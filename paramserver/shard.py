@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from paramserver.averaged_state import with_average, without_average
@@ -21,6 +23,7 @@ from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.compensation import Compensation, with_compensation, without_compensation
 from paramserver.errors import LayoutError, ProtocolError
+from paramserver.measures import Gauge
 from paramserver.messages import Action, Message
 from paramserver.optimizers import Optimizer
 from paramserver.optimizers.base import needs_norm
@@ -57,6 +60,8 @@ class Saved:
     scheduler: dict[str, Any] | None
     rounds: int | None = None
     """Rounds a program has finished; None for a push rule."""
+    measured: NDArray[np.float64] | None = None
+    """`paramserver.measures.Gauge.sums`; None if nothing is measured."""
 
 
 class Held(ABC):
@@ -171,6 +176,7 @@ class Shard(Held):
         clip: Clip | None = None,
         compensation: Compensation | None = None,
         average: Average | None = None,
+        gauge: Gauge | None = None,
         version: int = 0,
         num_rows: int = 1,
     ) -> None:
@@ -185,6 +191,7 @@ class Shard(Held):
             compensation: Corrects each gradient when it is taken; only where rows are gradients.
             average: Of the iterates, which readers that do not push then see; None shows the
                 parameters.
+            gauge: Measures each push, and each update.
             version: Updates that made ``params``.
             num_rows: Rows of ``n`` that are pushed: 1 is a gradient.
         """
@@ -196,6 +203,7 @@ class Shard(Held):
         self._clip = clip
         self.compensator = None if compensation is None else compensation.build(params)
         self.averager = None if average is None else average.build(params)
+        self._gauge = gauge
         self._gathered: Tensor | None = None  # sum of weight * scale * gradient
         self._weight = 0.0  # sum of weight * scale
         self._full_weight = 0.0  # sum of weight
@@ -227,13 +235,17 @@ class Shard(Held):
 
         The buffer that was read is released, and stays as it is until the next update is written.
         """
-        if self.compensator is None:
+        if self.compensator is None and self._gauge is None:
             return super()._taken(order)
-        read = self.snapshots.leased(order.worker)
+        params, read = self.snapshots.params, self.snapshots.leased(order.worker)
         grad = super()._taken(order)
+        if self._gauge is not None:
+            self._gauge.on_take(grad, params, read)
+        if self.compensator is None:
+            return grad
         self.compensator.correct_(
             grad,
-            self.snapshots.params,
+            params,
             read,
             worker=order.worker,
             staleness=order.staleness,
@@ -266,6 +278,7 @@ class Shard(Held):
             self.snapshots.params.clone(),
             copy.deepcopy(with_compensation(rule, self.compensator)),
             copy.deepcopy(scheduler),
+            measured=None if self._gauge is None else self._gauge.sums(),
         )
 
     def restore(self, rule: dict[str, Any], scheduler: dict[str, Any] | None) -> None:
@@ -310,5 +323,7 @@ class Shard(Held):
             self.scheduler.step()
         if self.compensator is not None:
             self.compensator.on_update(self._param.data)
+        if self._gauge is not None:
+            self._gauge.on_update(self._param.data)
         if self.averager is not None:
             self.averager.update(self._param.data)

@@ -11,6 +11,7 @@ from torch import Tensor
 from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.compensation import Compensation
+from paramserver.measures import Gauge
 from paramserver.optimizers import AnyOptimizer, Optimizer
 from paramserver.round_shard import RoundShard
 from paramserver.rounds import RoundOptimizer
@@ -62,6 +63,13 @@ class ShardConfig:
     clip: Clip | None = None
     compensation: Compensation | None = None
     average: Average | None = None
+
+    measure: tuple[str, ...] = ()
+    """What is measured of each push, some of `paramserver.measures.MEASURES`; push rules only."""
+
+    measured_cuts: tuple[range, ...] | None = None
+    """Ranges that are measured apart and added up, as so many shards do; None: all as one."""
+
     version: int = 0
 
     rule_state: dict[str, Any] | None = None
@@ -93,6 +101,7 @@ class ShardConfig:
                 clip=self.clip,
                 compensation=self.compensation,
                 average=self.average,
+                gauge=Gauge(self.measure, params, self.measured_cuts) if self.measure else None,
                 version=self.version,
                 num_rows=self.slot_rows,
             )

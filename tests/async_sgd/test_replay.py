@@ -19,6 +19,8 @@ from async_sgd.simulation import Change
 from async_sgd.simulator import Simulator
 from paramserver.clipping import ClipNorm
 from paramserver.errors import RecordError
+from paramserver.ledger import Ledger
+from paramserver.measures import MEASURES
 from paramserver.optimizers import OPTIMIZERS
 from workers.config import RunConfig
 from workers.tasks import task
@@ -49,6 +51,8 @@ def recorded(out: Path, **options: Any) -> Path:
         {"compensation": COMPENSATIONS.parse("dc-asgd-adaptive:strength=0.1")},
         {"optimizer": "adam:lr=0.01", "clip": ClipNorm(max_norm=0.5), "until": "accuracy=0.3"},
         {"gradient": "random", "epochs": 0.5, "updates": None},
+        {"measure": MEASURES, "optimizer": "dana:lr=0.05"},
+        {"measure": ("gap", "step"), "rule": RULES.parse("bsp")},
     ],
     ids=str,
 )
@@ -61,6 +65,18 @@ def test_a_record_replays_to_the_same_bits(tmp_path: Path, options: dict[str, An
     assert replayed.distance == 0.0
     assert replayed.version == result["updates"]
     assert replayed.metrics == result["final"]
+    assert replayed.measures == result.get("measures", {})
+
+
+def test_a_measure_that_differs_in_one_bit_is_named(tmp_path: Path) -> None:
+    folder = recorded(tmp_path / "run", measure=("gap",))
+    ledger = Ledger.load(folder / "updates.npz")
+    gap = ledger._measures["gap"]
+    gap[7] = np.nextafter(gap[7], 1.0)
+    ledger.save(folder / "updates.npz")
+
+    with pytest.raises(RecordError, match=r"run: the gap of push 7 is another one now: .* then an"):
+        Replay(folder).run()
 
 
 def test_another_policy_from_the_beginning_is_the_run_that_had_it(tmp_path: Path) -> None:

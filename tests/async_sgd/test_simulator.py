@@ -67,6 +67,24 @@ def test_a_run_leaves_the_record_a_real_one_does(tmp_path: Path) -> None:
     assert tests[-1]["seconds"] == record["seconds"] == columns(tmp_path / "run")["end"][-1]
 
 
+def test_measures_are_in_the_record_and_leave_the_run_as_it_was(tmp_path: Path) -> None:
+    options = {"delay": Gamma(cv=0.5), "batched": True, "rule": RULES.parse("bounded:limit=3")}
+    simulated(tmp_path / "plain", **options)
+
+    result = simulated(tmp_path / "measured", measure=("step", "gap", "cosine"), **options)
+
+    ledger = columns(tmp_path / "measured")
+    taken = ledger["dropped"] == 0
+    gap, step = ledger["gap"][taken], ledger["step"][taken]
+    assert torch.equal(params(tmp_path / "plain"), params(tmp_path / "measured"))
+    assert np.array_equal(np.isnan(ledger["gap"]), ~taken)
+    assert result.record["measures"]["gap"] == {"mean": gap.mean(), "max": gap.max()}
+    assert (gap == 0).tolist() == (ledger["staleness"][taken] == 0).tolist()
+    one_stale = np.flatnonzero(ledger["staleness"][taken] == 1)
+    assert gap[one_stale] == pytest.approx(step[one_stale - 1], rel=1e-5)
+    assert result.record["config"]["measure"] == ["step", "gap", "cosine"]
+
+
 def test_the_same_run_made_again_has_the_same_bits(tmp_path: Path) -> None:
     for name in ("one", "two"):
         simulated(tmp_path / name, rule=RULES.parse("ssp:bound=1"))
@@ -248,6 +266,7 @@ def test_more_memory_than_there_is_is_refused_before_anything_starts(
         ({"delay": Constant(factors=(1.0, 2.0))}, "factors must be one for each of the 3 workers"),
         ({"service": Gamma(factors=(1.0,))}, "factors must be one for each of the 3 workers"),
         ({"changes": [Change.parse("crash:3@1")]}, "there is no worker 3 to crash: with 3"),
+        ({"measure": ["gap", "lag"]}, "measure must be some of gap, cosine, step, got 'lag'"),
         ({"workers": 2000}, "2000 workers cannot share 1438 samples"),
     ],
 )

@@ -53,6 +53,16 @@ def test_only_gradients_are_compensated(
         AsyncTrainer(Quadratic().build(), optimizer, rule=rule, compensation=DCASGD())
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rule"),
+    [(NewtonCG(), None), (SaddleFreeNewton(), Asynchronous())],
+    ids=["rounds", "pushes"],
+)
+def test_only_gradients_are_measured(optimizer: AnyOptimizer, rule: RuleSpec | None) -> None:
+    with pytest.raises(ValueError, match=r"does not push a gradient alone, and measure gap,step"):
+        AsyncTrainer(Quadratic().build(), optimizer, rule=rule, measure=("gap", "step"))
+
+
 def test_the_norm_of_a_compensated_gradient_is_known_to_one_shard_alone() -> None:
     task, polyak = Quadratic().build(), Subgradient(step="polyak", optimum=0.0)
     clipped = RunConfig(clip=ClipNorm(max_norm=1.0, where="reduced"))

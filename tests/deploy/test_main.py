@@ -135,8 +135,8 @@ def test_flags_reach_the_asynchronous_trainer(trainers: type[FakeTrainer]) -> No
     text = (
         "train --workers 4 --optimizer sgd:lr=0.1 --rule ssp:bound=2 --damping dynsgd --shards 3 "
         "--compensation gap-aware:decay=0.99 --local adamw:steps=5,speeds=1/1/1/0.5 "
-        "--clip norm:max_norm=1 --schedule multistep:milestones=10/20 --updates 100 --seed 7 "
-        "--batch-size 16 --on-nan drop --out here --until accuracy=0.97 --evaluate-every-s 0.5"
+        "--measure gap,step --clip norm:max_norm=1 --schedule multistep:milestones=10/20 --updates 100 "
+        "--seed 7 --batch-size 16 --on-nan drop --out here --until accuracy=0.97 --evaluate-every-s 0.5"
     )
 
     assert paramserver(text) == 0
@@ -148,6 +148,7 @@ def test_flags_reach_the_asynchronous_trainer(trainers: type[FakeTrainer]) -> No
         "damping": DynSGD(),
         "compensation": GapAware(decay=0.99),
         "local": LocalAdamW(steps=5, speeds=(1.0, 1.0, 1.0, 0.5)),
+        "measure": ("gap", "step"),
         "shards": 3,
     }
     assert trainer.config == RunConfig(
@@ -420,6 +421,11 @@ def test_a_users_module_that_does_not_import_shows_where(
             "--local: local 'sgd' has no key 'step'; it has steps, speeds, lr, momentum, "
             "weight_decay",
         ),
+        (
+            "train --mode sync --measure gap",
+            "measure is for mode async only, and this run's is sync",
+        ),
+        ("train --measure lag", "measure must be some of gap, cosine, step, got 'lag'"),
         ("train --mode sync --shards 2", "shards is for mode async only, and this run's is sync"),
         ("train --reduce sum", "reduce is for mode sync only, and this run's is async"),
         ("train --collective gloo", "collective is for mode sync only, and this run's is async"),

@@ -3,15 +3,19 @@ from __future__ import annotations
 import heapq
 import math
 import re
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from deploy.report import write_report
+from paramserver.conservation import Conservation
 from paramserver.errors import RecordError
-from paramserver.ledger import Conservation, Ledger
+from paramserver.ledger import Ledger
+from paramserver.measures import summary
 from paramserver.record import RunFolder, versions
 
 
@@ -32,7 +36,14 @@ def make_config(**changes: object) -> dict[str, object]:
     return {**plain, **changes}
 
 
-def make_async(path: Path, *, workers: int = 4, updates: int = 400, seed: int = 0) -> RunFolder:
+def make_async(
+    path: Path,
+    *,
+    workers: int = 4,
+    updates: int = 400,
+    seed: int = 0,
+    measures: Mapping[str, NDArray[np.float64]] | None = None,
+) -> RunFolder:
     """Write the record of a run in virtual time: exact staleness, made-up losses."""
     folder = RunFolder.create(path, "digits-async")
     config = make_config(workers=workers, seed=seed)
@@ -66,6 +77,7 @@ def make_async(path: Path, *, workers: int = 4, updates: int = 400, seed: int = 
             accuracy = 0.97 - 0.87 * math.exp(-version / 70) + 0.01 * random.random()
             test = {"loss": 1.1 * loss, "accuracy": accuracy}
             folder.log({"kind": "test", **at, "version": version, **test})
+    ledger.measure(measures or {})
     ledger.save(folder.updates)
     per_worker = ledger.staleness.per_worker().items()
     folder.write_result(
@@ -85,6 +97,7 @@ def make_async(path: Path, *, workers: int = 4, updates: int = 400, seed: int = 
                     w: {"pushes": f.pushes, "mean": f.mean, "max": f.max} for w, f in per_worker
                 },
             },
+            "measures": summary(ledger.columns()),
             "dropped": {"nonfinite": 2},
             "failures": [{"what": "worker 1", "seconds": 1.2}],
             "invariants": [{"name": "clocks ahead of the slowest", "bound": 4, "worst": 4}],
@@ -168,7 +181,7 @@ def sync_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_a_page_tells_all_of_an_asynchronous_run(async_page: Page) -> None:
     assert async_page.path.name == "report.html"
-    assert async_page.num_plots == 5
+    assert async_page.num_plots == 6
     for said in (
         "digits, async, adam",
         "adam:lr=0.001,betas=0.9/0.999",
@@ -181,10 +194,30 @@ def test_a_page_tells_all_of_an_asynchronous_run(async_page: Page) -> None:
         "best",
         "staleness (updates between read and apply)",
         "worker 3 for worker 0, 6 times",
+        "worker 3: mean",
         "batch size",
         "python",
     ):
         assert said in async_page.text, said
+
+
+def test_measures_are_drawn_against_staleness(tmp_path: Path) -> None:
+    measures = {"gap": np.linspace(0, 1, 60), "step": np.full(60, math.nan)}
+
+    page = Page(write_report([make_async(tmp_path / "run", updates=60, measures=measures).path]))
+
+    assert page.num_plots == 7
+    assert 'aria-label="gap against staleness"' in page.path.read_text()
+    assert "mean 0.5, max 1" in page.text
+    assert "no value" in page.text  # of the step, which has no panel
+
+
+def test_of_many_workers_the_first_are_drawn(tmp_path: Path) -> None:
+    page = Page(write_report([make_async(tmp_path / "run", workers=20, updates=60).path]))
+
+    assert "worker 15: mean" in page.text
+    assert "worker 16: mean" not in page.text
+    assert "The first 16 of 20" in page.text
 
 
 @pytest.mark.parametrize("name", ["async_page", "sync_page"])
@@ -231,7 +264,7 @@ def test_a_killed_run_is_shown_up_to_where_it_got(tmp_path: Path) -> None:
 
     assert "the record has no result: the run still goes, or was killed" in page.text
     assert "updates100" in page.text
-    assert page.num_plots == 4  # staleness is counted from the ledger
+    assert page.num_plots == 5  # staleness is counted from the ledger
     assert "Versions" not in page.text
 
 

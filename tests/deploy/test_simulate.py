@@ -30,11 +30,12 @@ def test_a_simulated_run_shows_its_outcome_and_leaves_a_page(
         out, "--workers", "5", "--delay", "gamma:cv=0.3", "--rule", "ssp:bound=1",
         "--damping", "dynsgd", "--compensation", "dc-asgd", "--service", "constant:time=0.01",
         "--latency", "0.1", "--bandwidth", "1e6", "--changes", "crash:1@4,join:1@6",
+        "--measure", "gap,cosine",
     )  # fmt: skip
 
     shown = capsys.readouterr().out
     assert code == 0
-    for words in ("gamma:cv=0.3", "virtual seconds", "law of staleness", "40", str(out)):
+    for words in ("gamma:cv=0.3", "virtual seconds", "law of staleness", "gap", "40", str(out)):
         assert words in shown
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     config = record(out)["config"]

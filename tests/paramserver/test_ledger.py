@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paramserver.conservation import Conservation
 from paramserver.errors import RecordError
-from paramserver.ledger import COLUMNS, Conservation, Ledger, StalenessStats, WorkerStaleness
+from paramserver.ledger import COLUMNS, Ledger, StalenessStats, WorkerStaleness
 
 
 def append(ledger: Ledger, **changes: Any) -> None:

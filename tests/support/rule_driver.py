@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from paramserver.ledger import Conservation, Ledger
+from paramserver.conservation import Conservation
+from paramserver.ledger import Ledger
 from paramserver.rules import Accept, Drop, Push, Rule
 
 Seconds = Callable[[Generator], float]

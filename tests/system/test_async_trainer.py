@@ -28,6 +28,7 @@ from paramserver.errors import (
     TaskError,
 )
 from paramserver.ledger import Ledger
+from paramserver.measures import MEASURES
 from paramserver.optimizers import OPTIMIZERS, SGD, Adam, Momentum, Optimizer
 from paramserver.record import Result
 from paramserver.recount import recount
@@ -347,6 +348,7 @@ def test_local_steps_of_real_workers_replay_and_resume_bit_for_bit(tmp_path: Pat
             OPTIMIZERS.parse("nesterov:lr=0.7,momentum=0.5"),
             RunConfig(workers=workers, updates=updates, evaluate_every_s=0, **keys, **config),
             local=LOCALS.parse(local),
+            measure=MEASURES,
             shards=2,
         ).fit()
 
@@ -358,6 +360,7 @@ def test_local_steps_of_real_workers_replay_and_resume_bit_for_bit(tmp_path: Pat
 
     assert Replay(tmp_path / "both").run().distance == 0.0
     assert resumed.metrics == whole.metrics
+    assert set(whole.record["measures"]) == set(MEASURES)
     ledger = Ledger.load(tmp_path / "both" / "updates.npz").columns()
     steps = {w: set(ledger["samples"][ledger["worker"] == w] // 32) for w in range(2)}
     assert steps == {0: {4}, 1: {2}}
