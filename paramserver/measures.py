@@ -85,13 +85,13 @@ class Gauge:
         """
         # In float32 at least: in 16 bits the squares of a long vector would not add up.
         self._dtype = torch.promote_types(params.dtype, torch.float32)
-        self._cuts = cuts or (range(len(params)),)
+        self._cuts = None if cuts is None or len(cuts) == 1 else cuts
         self._has_cosine, self._has_step = "cosine" in names, "step" in names
         room = torch.empty_like(params, dtype=self._dtype)
         self._drift = room if "gap" in names else None
         self._last = params.clone() if self._has_cosine or self._has_step else None
         self._change = torch.zeros_like(room) if self._last is not None else None
-        self._has_moved = False
+        self._change_square: float | None = None  # of the latest update; None before the first
         self._rows = np.full((1024, len(_SUMS)), math.nan)
         self._num_rows = 0
 
@@ -109,13 +109,10 @@ class Gauge:
         self._num_rows += 1
         if self._drift is not None:
             row[0] = self._gap_squared(self._drift, params, read)
-        if self._has_cosine and self._change is not None and self._has_moved:
+        if self._has_cosine and self._change is not None and self._change_square is not None:
             wide = grad.to(self._dtype)
-            row[1] = sum(
-                float(torch.dot(wide[c.start : c.stop], self._change[c.start : c.stop]))
-                for c in self._cuts
-            )
-            row[2], row[3] = self._square(wide), self._square(self._change)
+            row[1] = self._dot(wide, self._change)
+            row[2], row[3] = self._square(wide), self._change_square
 
     def on_update(self, params: Tensor) -> None:
         """Measure the update that has led to ``params``, shape ``(n,)``."""
@@ -123,9 +120,9 @@ class Gauge:
             return
         torch.sub(params, self._last, out=self._change)
         self._last.copy_(params)
-        self._has_moved = True
+        self._change_square = self._square(self._change)
         if self._has_step:
-            self._rows[self._num_rows - 1, 4] = self._square(self._change)
+            self._rows[self._num_rows - 1, 4] = self._change_square
 
     def sums(self) -> NDArray[np.float64]:
         """Return a copy of what was kept: a row a push taken, in order."""
@@ -137,10 +134,16 @@ class Gauge:
         torch.sub(params, read, out=drift)
         return self._square(drift)
 
+    def _dot(self, a: Tensor, b: Tensor) -> float:
+        if self._cuts is None:
+            return float(torch.dot(a, b))
+        return sum(float(torch.dot(a[c.start : c.stop], b[c.start : c.stop])) for c in self._cuts)
+
     def _square(self, vector: Tensor) -> float:
-        return sum(
-            float(torch.linalg.vector_norm(vector[c.start : c.stop])) ** 2 for c in self._cuts
-        )
+        if self._cuts is None:
+            return float(torch.linalg.vector_norm(vector)) ** 2
+        parts = (vector[c.start : c.stop] for c in self._cuts)
+        return sum(float(torch.linalg.vector_norm(part)) ** 2 for part in parts)
 
 
 def measured(

@@ -135,8 +135,9 @@ def test_flags_reach_the_asynchronous_trainer(trainers: type[FakeTrainer]) -> No
     text = (
         "train --workers 4 --optimizer sgd:lr=0.1 --rule ssp:bound=2 --damping dynsgd --shards 3 "
         "--compensation gap-aware:decay=0.99 --local adamw:steps=5,speeds=1/1/1/0.5 "
-        "--measure gap,step --clip norm:max_norm=1 --schedule multistep:milestones=10/20 --updates 100 "
-        "--seed 7 --batch-size 16 --on-nan drop --out here --until accuracy=0.97 --evaluate-every-s 0.5"
+        "--measure gap,step --clip norm:max_norm=1 --schedule multistep:milestones=10/20 "
+        "--updates 100 --seed 7 --batch-size 16 --on-nan drop --out here --until accuracy=0.97 "
+        "--evaluate-every-s 0.5"
     )
 
     assert paramserver(text) == 0
