@@ -202,6 +202,7 @@ class Fleet:
             self._config.gradient,
             self._plan.local,
             self._course_ref,
+            looks=self._plan.cancels,
         )
         self._runs[ref] = worker
 

@@ -71,6 +71,16 @@ class LocalServer:
         self.shard.hold(worker, job.incarnation, job.seq, grad)
         return self._carry_out(self.sequencer.on_push(message, now))
 
+    def push_cancelled(self, worker: int, read_version: int, now: float) -> list[Job]:
+        """Let a push of ``worker`` arrive whose read of ``read_version`` was cancelled before."""
+        job = self.jobs[worker]
+        self._abandon(worker)
+        message = Message(
+            Kind.PUSH, 0, worker, job.incarnation, job.seq, job.clock, 0, read_version, 0,
+            self._batch_size,
+        )  # fmt: skip
+        return self._carry_out(self.sequencer.on_push(message, now))
+
     @contextmanager
     def shown(self) -> Iterator[Tensor]:
         """Show the parameters that are evaluated now, their average if the run has one."""
@@ -106,6 +116,7 @@ class LocalServer:
 
     def _begin(self, read: Message, params: Tensor) -> Job:
         worker = read.worker
+        self._abandon(worker)  # it may have been cancelled
         job = Job(
             worker,
             self.sequencer.incarnation(worker),

@@ -19,9 +19,10 @@ from paramserver.ledger import Ledger
 from paramserver.measures import measured
 from paramserver.optimizers import AnyOptimizer
 from paramserver.optimizers.push_form import Place, PushForm
+from paramserver.progress import Budget, Progress
 from paramserver.rounds import RoundProgram
 from paramserver.rules import Damping, RuleSpec
-from paramserver.sequencer import Budget, Progress, Sequencer
+from paramserver.sequencer import Sequencer
 from paramserver.shard import Saved
 from paramserver.shard_config import RoundsConfig, ShardConfig
 from workers.config import RunConfig
@@ -50,6 +51,8 @@ class Plan:
     """The order and pace of the samples, if there is a curriculum."""
     measure: tuple[str, ...]
     """What is measured of each push, some of `paramserver.measures.MEASURES`."""
+    cancels: bool
+    """Whether the rule may cancel what a worker computes."""
     layout: Layout
     cuts: tuple[range, ...]
     num_train: int

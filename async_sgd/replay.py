@@ -216,7 +216,10 @@ class Replay:
                 f"{self.folder}: push {number} is number {row['seq']} of worker {worker}, which "
                 + ("waits then" if job is None else f"is at {job.seq} then")
             )
-        server.push(worker, now)
+        if reason == "cancelled":
+            server.push_cancelled(worker, int(row["read_version"]), now)
+        else:
+            server.push(worker, now)
         replayed = server.sequencer.ledger.rows(number)[0]
         if is_as_recorded:
             self._compare(number, row, replayed, server.sequencer.ledger.reasons())
@@ -289,7 +292,8 @@ class Replay:
 
 
 def _move(server: LocalServer, kind: int, worker: int, incarnation: int, now: float) -> None:
+    """Let what happened between pushes happen again; cancellations follow from the pushes."""
     if kind == Move.JOIN:
         server.join(worker, incarnation, now)
-    else:
+    elif kind == Move.LEAVE:
         server.leave(worker, now)

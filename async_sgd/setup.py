@@ -98,6 +98,8 @@ class Setup:
         if local is not None:
             self._check_local(local)
         self._check_workers()
+        if self.cancels:
+            self._check_cancel()
         if shards > 1:
             self._check_norms()
 
@@ -105,6 +107,11 @@ class Setup:
     def optimizer_name(self) -> str:
         """The name the optimizer is registered under."""
         return OPTIMIZERS.name_of(self.optimizer)
+
+    @property
+    def cancels(self) -> bool:
+        """Whether the rule may cancel what a worker computes."""
+        return self.rule.build(self.config.workers).cancel_age is not None
 
     def described(self) -> dict[str, object]:
         """Return what a record says of it, beside the configuration."""
@@ -162,6 +169,7 @@ class Setup:
             local=self.local,
             course=self.config.course(self.task, data),
             measure=self.measure,
+            cancels=self.cancels,
             layout=layout,
             cuts=cuts,
             num_train=num_train,
@@ -178,6 +186,20 @@ class Setup:
                 f"{name} keeps a velocity for each worker, and rule {rule} averages the gradients "
                 "of several, which is nobody's: use asp, ssp, bounded or ringmaster, or optimizer "
                 "momentum"
+            )
+
+    def _check_cancel(self) -> None:
+        """Raise ValueError for what cannot be given up half way."""
+        if self.form is not None:
+            raise ValueError(
+                f"{self.optimizer_name} keeps points from push to push, and a rule with "
+                "cancel=true gives up what a worker computes half way: leave cancel out"
+            )
+        if self.local is not None and self.local.num_kept > 0:
+            raise ValueError(
+                f"local {LOCALS.name_of(self.local)} keeps {self.local.num_kept} vectors from push "
+                "to push, which half of its steps would have changed when a rule with cancel=true "
+                "gives them up: leave cancel out, or use steps that keep nothing, such as sgd"
             )
 
     def _check_local(self, local: Local) -> None:

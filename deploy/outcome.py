@@ -83,6 +83,8 @@ def _ending(record: Mapping[str, Any]) -> dict[str, str]:
     rows = {}
     if "dropped" in record:
         rows["dropped"] = counts(record["dropped"]) if record["dropped"] else "none"
+    if "cancelled" in record:
+        rows["cancelled"] = f"{record['cancelled']:,} gradients under way"
     if "failures" in record and record.get("mode") != "simulate":
         failures = [f"{f['what']} after {f['seconds']:.1f} s" for f in record["failures"]]
         rows["failures"] = ", ".join(failures) or "none"

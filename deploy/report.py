@@ -146,6 +146,8 @@ def _facts(record: Record) -> dict[str, str]:
     if "dropped" in done:
         dropped = [f"{count:,} {reason}" for reason, count in done["dropped"].items()]
         said["dropped"] = ", ".join(dropped) or "none"
+    if "cancelled" in done:
+        said["cancelled"] = f"{done['cancelled']:,} gradients under way"
     if "failures" in done:
         failures = [f"{f['what']} at {f['seconds']:,.1f} s" for f in done["failures"]]
         more = len(failures) - _MAX_ROWS

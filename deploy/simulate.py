@@ -128,6 +128,11 @@ def _like(given: Mapping[str, Any]) -> dict[str, Any]:
             f"--like fits a delay to each push, and those of {record.path} are of several local "
             "steps, which take a delay each: give --local and --delay instead"
         )
+    if setup.cancels:
+        raise UsageError(
+            f"--like fits a delay to each push, and in {record.path} those that took long were "
+            "cancelled: give --delay instead"
+        )
     config = setup.config
     return {
         **{name: getattr(config, name) for name in RunConfig.__dataclass_fields__},

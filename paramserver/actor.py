@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from paramserver.errors import ServerTimeoutError
 from paramserver.ledger import Ledger
 from paramserver.messages import Kind, Message
+from paramserver.progress import Progress
 from paramserver.round_server import RoundFollower, RoundLeader
 from paramserver.round_shard import RoundShard
-from paramserver.sequencer import Progress, Sequencer
+from paramserver.sequencer import Sequencer
 from paramserver.server import Follower, Leader
 from paramserver.shard import Saved, Shard
 from paramserver.shard_config import ShardConfig

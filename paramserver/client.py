@@ -114,6 +114,22 @@ class Client:
         self.clock = self._push.clock
         return answer
 
+    def newer_read(self) -> Reading | None:
+        """Return the read that was granted in the place of the last one, if that was cancelled.
+
+        Does not wait: None if there is no such read yet. Not between `begin_push` and `end_push`.
+
+        Raises:
+            ServerLostError: A shard is gone.
+            ParamServerError: What ended the run.
+        """
+        found = None
+        while (message := self._leader.poll()) is not None:
+            self._raise_if_failed(message)
+            if message.kind == Kind.GRANT and message.version > self._version:
+                found = message
+        return None if found is None else self._reading(found)
+
     def retry(self) -> Reading | Ended:
         """Send the last push again; it is applied once, however often it is sent."""
         self._send_push()
@@ -172,7 +188,11 @@ class Client:
             if message.kind == Kind.END:
                 return Ended(message.text)
             if message.kind == Kind.GRANT and message.seq == seq:
-                break  # an earlier seq is the second answer to a push that was sent twice
+                break  # an earlier seq is of a push that was sent twice, or of a cancelled read
+        return self._reading(message)
+
+    def _reading(self, message: Message) -> Reading:
+        """Wait for what the leader has granted from every other shard."""
         self._version = message.version
         grants = [message, *(self._await_grant(f, message) for f in self._followers)]
         both = list(zip(self._connections, grants, strict=True))

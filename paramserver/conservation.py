@@ -15,7 +15,8 @@ class Conservation:
         ==  sum over updates of the number of reads in flight
 
     A read is in flight from `on_read` to its arrival, and the push that completes an update is out
-    of flight before it. The law holds for any delays, any rule and any joins, leaves and drops.
+    of flight before it. The law holds for any delays, any rule and any joins, leaves, drops and
+    cancellations: a cancelled gradient is a read that was abandoned.
 
     With ``M`` workers that read again as soon as they have pushed, each of ``B`` updates finds
     ``M - 1`` reads in flight, the pusher's being the one that is not. So with one push an update
@@ -59,6 +60,15 @@ class Conservation:
         """Count the update that made ``version``."""
         self._version = version
         self._right += len(self._reads)
+
+    def read_by(self, version: int) -> list[tuple[int, int]]:
+        """Return (worker, version read) of the reads in flight of ``version`` or earlier."""
+        found = []
+        for worker, read_version in self._reads.items():  # the oldest come first
+            if read_version > version:
+                break
+            found.append((worker, read_version))
+        return found
 
     def read_version(self, worker: int) -> int | None:
         """Return the version ``worker`` has in flight; None if it has no read."""

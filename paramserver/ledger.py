@@ -64,6 +64,8 @@ class Move(enum.IntEnum):
     """It did not any more, dead or done."""
     RESUME = 2
     """The run was stopped and went on later; everything that was in flight then is lost."""
+    CANCEL = 3
+    """What a worker was computing was cancelled, and it read anew."""
 
 
 class Ledger:

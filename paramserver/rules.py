@@ -75,6 +75,9 @@ class Rule(Protocol):
     name: str
     gathers: bool
     """Whether one update may average several gradients."""
+    cancel_age: int | None
+    """Updates after whose read a gradient that is still computed is cancelled: its worker reads
+    anew at once. None: never."""
 
     def on_join(self, worker: int, clock: int) -> None:
         """``worker`` takes part from now on, having ended ``clock`` iterations."""

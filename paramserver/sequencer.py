@@ -8,7 +8,6 @@ is sent. What it decided is in the ledger, what it promised is checked as it goe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Literal
 
 from paramserver.conservation import Conservation
@@ -21,48 +20,8 @@ from paramserver.errors import (
 )
 from paramserver.ledger import Ledger, Move
 from paramserver.messages import Action, Kind, Message
+from paramserver.progress import Budget, Member, Progress, Wait
 from paramserver.rules import Damping, Drop, Push, Rule
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """When a run has done what it was asked for; None is no limit."""
-
-    updates: int | None = None
-    samples: int | None = None
-
-
-@dataclass(slots=True)
-class _Worker:
-    incarnation: int
-    seq: int = 0
-    clock: int = 0
-    live: bool = True
-    read_at: float = 0.0
-    """When it was granted its read, in seconds of the run."""
-    waits_since: float | None = None
-    waits_for: frozenset[int] = frozenset()
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where a run stands; what a checkpoint keeps of the sequencer."""
-
-    version: int = 0
-    gradients: int = 0
-    """Gradients accepted."""
-    samples: int = 0
-    """Samples of the accepted gradients."""
-    workers: dict[int, dict[str, int]] = field(default_factory=dict)
-    """Incarnation, seq and clock of each worker: the table retries are recognised by."""
-
-
-@dataclass(slots=True)
-class Wait:
-    """How often and how long one worker waited for another."""
-
-    count: int = 0
-    seconds: float = 0.0
 
 
 class Sequencer:
@@ -107,6 +66,8 @@ class Sequencer:
         """Why the run ended; None while it goes."""
         self.error: ParamServerError | None = None
         """What broke the run, if something did."""
+        self.num_cancelled = 0
+        """Gradients that were cancelled."""
         self.counts = True
         """Whether what is accepted counts as gradients and samples; products do not."""
         self.rule, self.damping = rule, damping
@@ -117,7 +78,7 @@ class Sequencer:
         self._wait_timeout_s = wait_timeout_s
         self._waiting: dict[int, None] = {}  # workers that wait, the longest first
         self._workers = {
-            w: _Worker(t["incarnation"], t["seq"], t["clock"], live=False)
+            w: Member(t["incarnation"], t["seq"], t["clock"], live=False)
             for w, t in start.workers.items()
         }
         self.num_live = 0
@@ -182,8 +143,9 @@ class Sequencer:
                 )
             orders += self.on_leave(worker, now)
             state.incarnation, state.seq, state.live = incarnation, 0, True
+            state.cancelled.clear()
         else:
-            state = self._workers[worker] = _Worker(incarnation)
+            state = self._workers[worker] = Member(incarnation)
         self.num_live += 1
         self.ledger.move(Move.JOIN, worker, incarnation, now)
         if self.ended is None:
@@ -215,7 +177,7 @@ class Sequencer:
         if push.norm < 0:
             raise ProtocolError(f"worker {push.worker} sent a gradient of norm {push.norm}")
         granted = self.conservation.read_version(push.worker)
-        if push.read_version != granted:
+        if push.read_version != granted and push.read_version not in state.cancelled:
             raise ProtocolError(
                 f"worker {push.worker} says it read version {push.read_version}; it was granted "
                 f"{'none' if granted is None else granted}"
@@ -227,9 +189,13 @@ class Sequencer:
         state = self._workers[m.worker]
         self._last = m.worker
         state.seq, state.clock = m.seq, state.clock + 1
-        self.conservation.on_arrival(m.worker, m.read_version, self.version)
         push = Push(m.worker, state.clock, m.read_version, self.version, max(m.samples, 1))
-        reason = self._refuse(m, state)
+        is_late = self._has_been_cancelled(m, state)
+        if is_late:  # it may have been computed on what was being overwritten
+            m = m._replace(loss=math.nan, norm=math.nan)
+        else:
+            self.conservation.on_arrival(m.worker, m.read_version, self.version)
+        reason = "cancelled" if is_late else self._refuse(m, state)
         verdict = Drop(reason) if reason else self.rule.on_push(push)
         if isinstance(verdict, Drop):
             self._record(m, state, push, now, 0.0, verdict.reason)
@@ -245,7 +211,7 @@ class Sequencer:
             orders = [self._take(m, push, scale, verdict.step)]
             self._check(push)
         self._end_if_done()
-        return orders + self._release(m.worker, now, [m.worker])
+        return orders + self._release(m.worker, now, [*self._cancel(now), m.worker])
 
     def on_leave(self, worker: int, now: float) -> list[Message]:
         """Forget ``worker``, dead or done; nobody waits for it any more."""
@@ -262,7 +228,7 @@ class Sequencer:
             self._bump()
             orders.append(self._order(Action.STEP, worker))
             self._end_if_done()
-        return orders + self._release(worker, now, [])
+        return orders + self._release(worker, now, self._cancel(now))
 
     def release(self, now: float) -> list[Message]:
         """Let go on who may, now that the rule has changed its mind by itself."""
@@ -290,7 +256,32 @@ class Sequencer:
             self.error = error
         self.stop(str(error))
 
-    def _refuse(self, m: Message, state: _Worker) -> str | None:
+    def _has_been_cancelled(self, m: Message, state: Member) -> bool:
+        """Whether a push comes of a read that was cancelled while it was on its way.
+
+        Its worker has been granted another read, which is lost: it did not wait for it, and is
+        granted one more.
+        """
+        is_late = m.read_version in state.cancelled
+        state.cancelled.clear()
+        if is_late:
+            self.conservation.on_abandon(m.worker, self.version)
+        return is_late
+
+    def _cancel(self, now: float) -> list[int]:
+        """Name the workers whose gradients have become too old to be used, which read anew."""
+        age = self.rule.cancel_age
+        if age is None or self.ended is not None:
+            return []
+        too_old = self.conservation.read_by(self.version - age)
+        for worker, read_version in too_old:
+            state = self._workers[worker]
+            state.cancelled.add(read_version)
+            self.ledger.move(Move.CANCEL, worker, state.incarnation, now)
+            self.num_cancelled += 1
+        return [worker for worker, _ in too_old]
+
+    def _refuse(self, m: Message, state: Member) -> str | None:
         """Return why ``m`` is not even shown to the rule, or None."""
         if self.ended is not None:
             return "ended"
@@ -313,7 +304,7 @@ class Sequencer:
         self.conservation.on_bump(self.version)
 
     def _record(
-        self, m: Message, state: _Worker, push: Push, now: float, scale: float, drop: str | None
+        self, m: Message, state: Member, push: Push, now: float, scale: float, drop: str | None
     ) -> None:
         self.ledger.append(
             version=self.version + (drop is None),

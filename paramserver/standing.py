@@ -50,9 +50,11 @@ class Standing:
             w: {"pushes": f.pushes, "mean": f.mean, "max": f.max}
             for w, f in s.ledger.staleness.per_worker().items()
         }
+        cancelled = {} if s.rule.cancel_age is None else {"cancelled": s.num_cancelled}
         return {
             "staleness": staleness,
             "dropped": s.ledger.drop_reasons(),
+            **cancelled,
             "conservation": s.conservation.report(),
             "invariants": [
                 {"name": n, "bound": limit, "worst": value} for n, (value, limit) in s.worst.items()

@@ -114,8 +114,10 @@ class Worker:
         gradient: GradientMode = "reverse",
         local: Local | None = None,
         course: Course | None = None,
+        *,
+        looks: bool = False,
     ) -> Finished:
-        """Train until the run has ended."""
+        """Train until the run has ended; see `workers.loop.train`."""
         batches = Batches(
             len(self._examples),
             batch_size,
@@ -137,6 +139,7 @@ class Worker:
                 gradient=gradient,
                 clip=clip,
                 local=local,
+                looks=looks,
             )
 
     def push(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -44,6 +44,7 @@ class Estimator:
         *,
         seed: int,
         clip: Clip | None = None,
+        look: Callable[[], None] | None = None,
     ) -> None:
         """Compute gradients of the loss of ``task``.
 
@@ -55,12 +56,13 @@ class Estimator:
             slots: Where gradients go, one vector a shard.
             seed: Of the run.
             clip: Applied to each gradient.
+            look: Called between forward and backward, to raise an error that ends both.
 
         Raises:
             LayoutError: ``mode`` is ``forward`` and the model has too many parameters for it.
         """
         self._task, self._bound, self._slots, self._clip = task, bound, slots, clip
-        self._seed = seed
+        self._seed, self._look = seed, look
         self._forward: ForwardGradient | None = None
         bound.write_gradients_to(slots)  # it looks at what forward mode writes there, too
         if mode == "reverse":
@@ -89,5 +91,8 @@ class Estimator:
             return self._forward.gradient(batch, seed=self._seed, worker=worker, clock=clock)
         with user_code(f"the loss of task {self._task.name!r}"):
             loss = self._task.loss(self._bound.model, batch)
+        if self._look is not None:
+            self._look()
+        with user_code(f"the gradient of task {self._task.name!r}"):
             norm = self._bound.backward(loss)
         return loss.item(), norm

@@ -1,4 +1,16 @@
-"""What an asynchronous worker does: read, compute a gradient, push, until the run has ended."""
+"""What an asynchronous worker does: read, compute a gradient, push, until the run has ended.
+
+A rule may cancel what a worker computes: the server then grants it another read at once, and the
+worker looks for that
+
+    read --- forward --- backward --- push
+                     ^            ^         and between local steps
+
+and begins the same step anew, on the same samples unless a curriculum has gone on since. A backward
+pass, and a gradient by forward mode, is not interrupted; it is thrown away when it is done. A push
+that was on its way when its read was cancelled is dropped as ``cancelled``, and answered by one
+more read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from paramserver.client import Client, Ended
+from paramserver.client import Client, Ended, Reading
 from paramserver.clipping import Clip
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step
@@ -18,6 +30,14 @@ from workers.gradients import BoundModel
 from workers.local import Local, steps_of
 from workers.own import Work
 from workers.task import Task
+
+
+class Cancelled(Exception):  # noqa: N818  # nothing went wrong
+    """The server has no use any more for what the worker computes; it goes on with ``reading``."""
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__(reading)
+        self.reading = reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +62,7 @@ def train(
     gradient: GradientMode = "reverse",
     clip: Clip | None = None,
     local: Local | None = None,
+    looks: bool = False,
     before_push: Callable[[int], None] | None = None,
 ) -> Finished:
     """Train until the server says that the run has ended.
@@ -58,14 +79,25 @@ def train(
         gradient: How it is computed.
         clip: Applied to each gradient before it is pushed.
         local: Steps of the worker's own between a read and a push; None pushes each gradient.
+        looks: Whether the rule may cancel what the worker computes, and it looks whether it has.
         before_push: Called with the clock before each push; for faults and tests.
 
     Raises:
         ParamServerError: What ended the run early, as the server says it.
     """
     bound = BoundModel(model, layout, cuts)
-    compute = Estimator(gradient, task, bound, cuts, client.slots, seed=seed, clip=clip)
-    work = Work(compute, bound, client.slots)
+
+    def look() -> None:
+        """Raise `Cancelled` if another read was granted in the place of the one that is used."""
+        newer = client.newer_read()
+        if newer is not None:
+            raise Cancelled(newer)
+
+    between = look if looks else None
+    compute = Estimator(
+        gradient, task, bound, cuts, client.slots, seed=seed, clip=clip, look=between
+    )
+    work = Work(compute, bound, client.slots, look=between)
     own = None if local is None else local.build()
     model.train()
 
@@ -80,7 +112,13 @@ def train(
     while not isinstance(reading, Ended):
         read_at = functools.partial(prepare, version=reading.version)
         batch = batch or read_at(steps.start)
-        done = work(own, reading.params, client.worker, steps, batch, read_at)
+        try:
+            done = work(own, reading.params, client.worker, steps, batch, read_at)
+            if looks:
+                look()
+        except Cancelled as cancelled:
+            reading, batch = cancelled.reading, None
+            continue
         if before_push is not None:
             before_push(client.clock)
         client.begin_push(

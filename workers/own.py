@@ -167,9 +167,19 @@ class Tethered:
 class Work:
     """What a worker does between a read and a push: a gradient, or several steps of its own."""
 
-    def __init__(self, compute: Estimator, bound: BoundModel, slots: Sequence[Tensor]) -> None:
-        """Compute by ``compute``, which writes the gradients of ``bound`` to ``slots``."""
-        self._compute, self._bound, self._slots = compute, bound, slots
+    def __init__(
+        self,
+        compute: Estimator,
+        bound: BoundModel,
+        slots: Sequence[Tensor],
+        *,
+        look: Callable[[], None] | None = None,
+    ) -> None:
+        """Compute by ``compute``, which writes the gradients of ``bound`` to ``slots``.
+
+        ``look`` is called between steps, to raise an error that ends them.
+        """
+        self._compute, self._bound, self._slots, self._look = compute, bound, slots, look
         self._x: list[Tensor] = []  # made when it is needed
 
     def __call__(
@@ -200,6 +210,8 @@ class Work:
         total = 0.0
         for taken, step in enumerate(steps, start=1):
             if taken > 1:
+                if self._look is not None:
+                    self._look()
                 batch = batch_of(step)
             self._bound.read(self._x)
             done = self._compute(batch, worker, step)

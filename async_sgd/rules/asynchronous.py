@@ -31,6 +31,7 @@ class AsynchronousRule:
 
     name = "asp"
     gathers = False
+    cancel_age: int | None = None
 
     def on_join(self, worker: int, clock: int) -> None:
         """Do nothing: members are equal, however far each of them is."""

@@ -52,9 +52,13 @@ class BoundedStalenessRule:
 
     gathers = False
 
-    def __init__(self, name: str, limit: int, action: Action) -> None:
-        """Take what is at most ``limit`` stale; errors and records call the rule ``name``."""
+    def __init__(self, name: str, limit: int, action: Action, *, cancel: bool = False) -> None:
+        """Take what is at most ``limit`` stale; errors and records call the rule ``name``.
+
+        With ``cancel`` what would be dropped when it arrives is cancelled as soon as that is sure.
+        """
         self.name = name
+        self.cancel_age: int | None = limit + 1 if cancel else None
         self._limit = limit
         self._action = action
 

@@ -23,6 +23,9 @@ the backup workers of Chen et al. Its worker reads the new version and goes on. 
     worker 2  |--------g--------|---g---|
     version   0            1    ^ of version 0: late
 
+``cancel=true`` cancels what is under way when an update is complete, as Dutta et al.'s K-sync does,
+so that the worker reads the new version at once instead of after a gradient that nobody takes.
+
 Where taken workers wait, a worker is at most once in an update, and the update is also complete
 when every live worker is in it: fewer than K are left, and K would never come. Where they do not
 wait, K gradients always come, and a fast worker may be in one update several times.
@@ -70,11 +73,20 @@ class KofN:
     """``sync`` and ``async``: a worker whose gradient was taken waits for the update; with
     ``batch-``, it goes on. ``sync`` drops gradients of older versions, ``async`` takes them."""
 
+    cancel: bool = False
+    """Whether gradients under way are cancelled when an update is complete without them, instead
+    of being dropped when they arrive; ``sync`` modes only."""
+
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k must be 1 gradient or more, got {self.k}")
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if self.cancel and self.mode not in ("sync", "batch-sync"):
+            raise ValueError(
+                f"mode {self.mode} takes gradients of older versions, so there is none to cancel: "
+                "leave cancel out, or use mode sync or batch-sync"
+            )
 
     def build(self, num_workers: int) -> Rule:
         """Make the state machine; where taken workers wait, K must be at most ``num_workers``."""
@@ -89,6 +101,7 @@ class KofN:
             needed=self.k,
             current_only=self.mode in ("sync", "batch-sync"),
             taken_wait=taken_wait,
+            cancel=self.cancel,
         )
 
 
@@ -131,6 +144,7 @@ class Gathering:
         current_only: bool,
         taken_wait: bool,
         damping: Damping | None = None,
+        cancel: bool = False,
     ) -> None:
         """Start with no members.
 
@@ -140,9 +154,12 @@ class Gathering:
             current_only: Whether gradients of older versions are dropped.
             taken_wait: Whether a worker whose gradient was taken waits for the update.
             damping: Scales each gradient in the mean by its staleness, as part of the rule.
+            cancel: Whether what an update leaves behind is cancelled; of the current version only.
         """
+        assert current_only or not cancel, "what is late may still be taken"
         assert needed is not None or taken_wait, "without a count, workers must wait for each other"
         self.name = name
+        self.cancel_age: int | None = 1 if cancel else None
         self._needed = needed
         self._current_only = current_only
         self._taken_wait = taken_wait

@@ -64,6 +64,7 @@ class PiecesRule:
 
     name = "pieces"
     gathers = True
+    cancel_age: int | None = None
 
     def __init__(self, quorum: float, patience: int) -> None:
         """Start without a request."""

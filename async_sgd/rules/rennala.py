@@ -14,6 +14,9 @@ completed will be late: one gradient of every other worker, so ``S`` is best wel
 ``M``. With ``S = M`` and equal speeds almost half of all are: ``M`` updates take the time of
 ``2M - 1`` gradients, in which BSP makes ``2M - 1`` updates.
 
+With ``cancel=true`` it is cancelled at that moment instead: its worker is spared the rest of a
+gradient that nobody takes, and begins one of the new version.
+
 The machine is that of `async_sgd.rules.gathering`; ``k-of-n:mode=batch-sync`` is the same rule.
 
 Source: Tyurin & Richtarik, "Optimal Time Complexities of Parallel Stochastic Optimization Methods
@@ -35,10 +38,19 @@ class Rennala:
     batch: int
     """Gradients in an update."""
 
+    cancel: bool = False
+    """Whether gradients under way are cancelled when a batch is completed without them."""
+
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch must be 1 gradient or more, got {self.batch}")
 
     def build(self, num_workers: int) -> Rule:
         """Make the state machine; it works with any number of workers."""
-        return Gathering("rennala", needed=self.batch, current_only=True, taken_wait=False)
+        return Gathering(
+            "rennala",
+            needed=self.batch,
+            current_only=True,
+            taken_wait=False,
+            cancel=self.cancel,
+        )

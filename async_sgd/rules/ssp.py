@@ -59,6 +59,7 @@ class SSPRule:
 
     name = "ssp"
     gathers = False
+    cancel_age: int | None = None
 
     def __init__(self, bound: int) -> None:
         self._bound = bound

@@ -51,6 +51,7 @@ class SyncSwitchRule:
     """Asks one rule until a version is made, and another one then; a `paramserver.rules.Rule`."""
 
     name = "sync-switch"
+    cancel_age: int | None = None
 
     def __init__(self, after: int) -> None:
         self.gathers = after > 0

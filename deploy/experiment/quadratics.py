@@ -18,8 +18,9 @@ from async_sgd.simulation import Buffers, Simulation, Times
 from async_sgd.streams import Delays, Stream
 from paramserver.optimizers import SGD
 from paramserver.optimizers.base import Optimizer
+from paramserver.progress import Budget
 from paramserver.rules import RuleSpec
-from paramserver.sequencer import Budget, Sequencer
+from paramserver.sequencer import Sequencer
 from paramserver.shard import Shard
 from workers.estimate import Estimated
 

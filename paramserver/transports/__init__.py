@@ -47,5 +47,12 @@ class Connection(Protocol):
             ServerLostError: The shard is gone.
         """
 
+    def poll(self) -> Message | None:
+        """Return the shard's next message if it is here already.
+
+        Raises:
+            ServerLostError: The shard is gone.
+        """
+
     def close(self) -> None:
         """End the connection; the shard forgets the worker. Closing twice is harmless."""

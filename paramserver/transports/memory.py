@@ -134,6 +134,12 @@ class MemoryConnection:
                 raise ServerTimeoutError(self.shard, "waiting for an answer", timeout_s)
         return self._inbox.popleft()
 
+    def poll(self) -> Message | None:
+        """Return a message if one is here; nothing that is under way is delivered for it."""
+        if self._host.server is None and not self._inbox:
+            raise ServerLostError(self.shard, "looking for a message")
+        return self._inbox.popleft() if self._inbox else None
+
     def close(self) -> None:
         """End the connection."""
         if self._is_open:

@@ -292,6 +292,11 @@ class SharedMemoryConnection:
         with self._named("waiting for an answer", timeout_s):
             return self._link.receive(timeout_s)
 
+    def poll(self) -> Message | None:
+        """Return the shard's next message if it is here already."""
+        with self._named("looking for a message", 0.0):
+            return self._link.poll()
+
     def close(self) -> None:
         """End the connection; tensors that show the shard's memory stay readable."""
         self._link.close()

@@ -24,9 +24,9 @@ from paramserver.clipping import Clip, ClipNorm
 from paramserver.errors import RecordError, ResourceError
 from paramserver.ledger import Ledger
 from paramserver.optimizers import OPTIMIZERS, SGD
+from paramserver.progress import Budget
 from paramserver.record import Result
 from paramserver.schedules import CosineOnce
-from paramserver.sequencer import Budget
 from tests.support.clusters import MemoryCluster
 from tests.support.virtual import DOUBLE, Learning, columns, params
 from workers.batches import Batches, step_seed

@@ -25,8 +25,8 @@ from paramserver.errors import (
 )
 from paramserver.messages import Kind, Message, raise_failure
 from paramserver.optimizers import OPTIMIZERS, Optimizer
+from paramserver.progress import Budget
 from paramserver.recount import recount
-from paramserver.sequencer import Budget
 from tests.support.clusters import (
     FINGERPRINT,
     TOKEN,

@@ -17,8 +17,9 @@ from async_sgd.rules import Pieces
 from paramserver.actor import ShardServer
 from paramserver.ledger import Ledger
 from paramserver.optimizers import AnyOptimizer
+from paramserver.progress import Budget, Progress
 from paramserver.rounds import Answer, Ask, Round, RoundProgram, Sample, Step, dots
-from paramserver.sequencer import Budget, Progress, Sequencer
+from paramserver.sequencer import Sequencer
 from paramserver.shard_config import RoundsConfig, ShardConfig
 from paramserver.transports.shared_memory import Host
 

@@ -15,8 +15,9 @@ from paramserver.errors import (
     StragglerTimeoutError,
 )
 from paramserver.messages import Action, Kind, Message
+from paramserver.progress import Budget
 from paramserver.rules import Bound, Push, RuleSpec
-from paramserver.sequencer import Budget, Sequencer
+from paramserver.sequencer import Sequencer
 
 Ordered = list[tuple[Action, int, int]]
 

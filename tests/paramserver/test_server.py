@@ -12,8 +12,9 @@ from async_sgd.rules import SSP, Asynchronous
 from paramserver.errors import ProtocolError
 from paramserver.messages import Kind, Message, raise_failure
 from paramserver.optimizers import SGD
+from paramserver.progress import Budget
 from paramserver.rules import RuleSpec
-from paramserver.sequencer import Budget, Sequencer
+from paramserver.sequencer import Sequencer
 from paramserver.server import Follower, Leader
 from paramserver.shard import Shard
 

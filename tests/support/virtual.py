@@ -20,8 +20,9 @@ from paramserver.clipping import Clip
 from paramserver.layout import Layout
 from paramserver.optimizers import SGD
 from paramserver.optimizers.base import Optimizer
+from paramserver.progress import Budget
 from paramserver.rules import Damping, RuleSpec
-from paramserver.sequencer import Budget, Sequencer
+from paramserver.sequencer import Sequencer
 from paramserver.shard import Shard
 from workers.estimate import Estimated
 from workers.task import Data, Task, build_data, build_model

@@ -14,7 +14,7 @@ from paramserver.errors import NonFiniteGradientError, TaskError
 from paramserver.layout import Layout
 from paramserver.messages import Message
 from paramserver.optimizers import OPTIMIZERS, SGD, AdamW, Momentum, Optimizer
-from paramserver.sequencer import Budget
+from paramserver.progress import Budget
 from tests.support.clusters import MemoryCluster
 from workers.batches import Batches, step_seed
 from workers.estimate import GradientMode

@@ -1,0 +1,50 @@
+"""What a run may still do, how far it is, and what it knows of each worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When a run has done what it was asked for; None is no limit."""
+
+    updates: int | None = None
+    samples: int | None = None
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker, as the sequencer knows it."""
+
+    incarnation: int
+    seq: int = 0
+    clock: int = 0
+    live: bool = True
+    read_at: float = 0.0
+    """When it was granted its read, in seconds of the run."""
+    cancelled: set[int] = field(default_factory=set)
+    """Versions of its reads that were cancelled since its last push; it may push them yet."""
+    waits_since: float | None = None
+    waits_for: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; what a checkpoint keeps of the sequencer."""
+
+    version: int = 0
+    gradients: int = 0
+    """Gradients accepted."""
+    samples: int = 0
+    """Samples of the accepted gradients."""
+    workers: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Incarnation, seq and clock of each worker: the table retries are recognised by."""
+
+
+@dataclass(slots=True)
+class Wait:
+    """How often and how long one worker waited for another."""
+
+    count: int = 0
+    seconds: float = 0.0
