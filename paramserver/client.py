@@ -63,6 +63,7 @@ class Client:
         self._wait_s = wait_s
         self._seq = 0
         self._version = 0
+        self._last_grants: dict[int, Message] = {}  # of each follower
         self._while_waiting = while_waiting
 
     @property
@@ -126,7 +127,7 @@ class Client:
         found = None
         while (message := self._leader.poll()) is not None:
             self._raise_if_failed(message)
-            if message.kind == Kind.GRANT and message.version > self._version:
+            if message.kind == Kind.GRANT and message.step and message.version > self._version:
                 found = message
         return None if found is None else self._reading(found)
 
@@ -192,10 +193,18 @@ class Client:
         return self._reading(message)
 
     def _reading(self, message: Message) -> Reading:
-        """Wait for what the leader has granted from every other shard."""
-        self._version = message.version
-        grants = [message, *(self._await_grant(f, message) for f in self._followers)]
+        """Wait for what the leader has granted from every other shard.
+
+        Another shard may be ahead: that read was cancelled, and the leader's next grant tells so.
+        """
+        grants = self._grants(message)
+        while (newest := max(grant.version for grant in grants)) > message.version:
+            message = self._leader.receive(self._wait_s)
+            self._raise_if_failed(message)
+            if message.kind == Kind.GRANT and message.version >= newest:
+                grants = self._grants(message)
         both = list(zip(self._connections, grants, strict=True))
+        self._version = message.version
         return Reading(
             message.version,
             tuple(connection.buffers[granted.buffer] for connection, granted in both),
@@ -203,19 +212,23 @@ class Client:
             message.text,
         )
 
-    def _await_grant(self, follower: Connection, granted: Message) -> Message:
-        while True:
-            message = follower.receive(self._wait_s)
+    def _grants(self, granted: Message) -> list[Message]:
+        """Return the leader's grant, and of each other shard that of the same version, or later."""
+        return [granted, *(self._await_grant(i, granted) for i in range(len(self._followers)))]
+
+    def _await_grant(self, follower: int, granted: Message) -> Message:
+        last = self._last_grants.get(follower)
+        while last is None or last.seq != granted.seq or last.version < granted.version:
+            message = self._followers[follower].receive(self._wait_s)
             self._raise_if_failed(message)
-            if message.kind != Kind.GRANT or message.seq < granted.seq:
-                continue
-            if message.version == granted.version:
-                return message
-            if message.version > granted.version:
-                raise ProtocolError(
-                    f"torn read: the leader granted version {granted.version}, another shard "
-                    f"{message.version}"
-                )
+            if message.kind == Kind.GRANT and message.incarnation in (0, self.incarnation):
+                last = self._last_grants[follower] = message
+        if last.version > granted.version and not last.step:
+            raise ProtocolError(
+                f"torn read: the leader granted version {granted.version}, another shard "
+                f"{last.version}"
+            )
+        return last
 
     @staticmethod
     def _raise_if_failed(message: Message) -> None:

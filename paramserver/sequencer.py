@@ -356,9 +356,12 @@ class Sequencer:
                 wait.seconds += now - state.waits_since
                 state.waits_since, state.waits_for = None, frozenset()
                 del self._waiting[worker]
+            was_cancelled = self.is_computing(worker)
             self.conservation.on_read(worker, self.version)
             state.read_at = now
-            orders.append(self._order(Action.READ, worker, state.seq))
+            order = self._order(Action.READ, worker, state.seq)
+            # A slow follower may carry it out when the worker has been replaced, who is told then.
+            orders.append(order._replace(incarnation=state.incarnation, step=int(was_cancelled)))
         return orders
 
     def _order(self, action: Action, worker: int, seq: int = 0) -> Message:

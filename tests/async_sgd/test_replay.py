@@ -45,6 +45,11 @@ def recorded(out: Path, **options: Any) -> Path:
         {"rule": RULES.parse("ssp:bound=1"), "damping": DynSGD()},
         {"rule": RULES.parse("k-of-n:k=2")},
         {"rule": RULES.parse("bounded:limit=1")},
+        {"rule": RULES.parse("ringmaster:limit=1,cancel=true")},
+        {
+            "rule": RULES.parse("k-of-n:k=2,cancel=true"),
+            "changes": [Change.parse(c) for c in ("crash:1@3", "join:1@6", "leave:0@9")],
+        },
         {"changes": [Change.parse(c) for c in ("crash:1@3", "join:1@6", "leave:0@9")]},
         {"rule": RULES.parse("bsp"), "changes": [Change.parse("crash:2@3")]},
         {"changes": [Change.parse("join:2@4")]},

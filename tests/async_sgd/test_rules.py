@@ -409,6 +409,7 @@ def test_a_rule_says_before_a_run_whether_it_averages(text: str, gathers: bool) 
         ("bounded:limit=1,action=ignore", "'ignore' is not one of drop, damp"),
         ("k-of-n:k=0", "k must be 1 gradient or more, got 0"),
         ("k-of-n:k=2,mode=both", "'both' is not one of sync, batch-sync, async, batch-async"),
+        ("k-of-n:k=2,mode=async,cancel=true", "mode async takes gradients of older versions, so"),
         ("softsync:n=0", "n must be 1 update or more, got 0"),
     ],
 )

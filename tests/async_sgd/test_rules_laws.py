@@ -205,6 +205,29 @@ def test_dropped_staleness_is_conserved_too(spec: RuleSpec) -> None:
     assert columns["staleness"].sum() == driver.version * 11 - in_flight
 
 
+@pytest.mark.parametrize("delay", DELAYS)
+@pytest.mark.parametrize(
+    ("spec", "age"),
+    [
+        (Ringmaster(limit=6, cancel=True), 6),
+        (Rennala(batch=5, cancel=True), 1),
+        (KofN(k=4, mode="batch-sync", cancel=True), 1),
+    ],
+)
+def test_cancelled_staleness_is_conserved_and_nothing_is_dropped(
+    spec: RuleSpec, age: int, delay: str
+) -> None:
+    driver = RuleDriver(spec.build(12), workers=12, seconds=DELAYS[delay])
+
+    columns = driver.run(1000)
+
+    left = columns["staleness"].sum() + age * driver.num_cancelled
+    assert driver.num_cancelled > 0
+    assert not columns["dropped"].any()
+    assert columns["staleness"].max() <= age - 1
+    assert left == driver.version * 11 - driver.conservation.report()["in_flight"]
+
+
 def test_constant_times_make_constant_staleness() -> None:
     driver = RuleDriver(Asynchronous().build(8), workers=8, seconds=DELAYS["constant"])
 

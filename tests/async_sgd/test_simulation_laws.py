@@ -21,6 +21,7 @@ from async_sgd.damping import DynSGD, InverseDamping
 from async_sgd.delays import Exponential
 from async_sgd.jobs import Job
 from async_sgd.rules import Asynchronous
+from paramserver.ledger import Move
 from paramserver.optimizers import SGD, Momentum
 from paramserver.optimizers.base import Optimizer
 from paramserver.sequencer import Sequencer
@@ -85,6 +86,33 @@ def test_staleness_of_all_pushes_is_updates_times_the_others(rule: str, delay: s
     run.run()
 
     assert check_conserved(run.sequencer, watch) == 120 * 5
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+@pytest.mark.parametrize("one_way_s", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("rule", "age"),
+    [
+        ("ringmaster:limit=4,cancel=true", 4),
+        ("rennala:batch=5,cancel=true", 1),
+        ("k-of-n:k=3,mode=batch-sync,cancel=true", 1),
+    ],
+)
+def test_what_is_cancelled_is_as_old_as_the_rule_says_and_is_conserved(
+    rule: str, age: int, delay: str, one_way_s: float
+) -> None:
+    watch = Watch(Still())
+    run = simulation(6, updates=120, rule=rule, delay=delay, one_way_s=one_way_s, gradients=watch)
+
+    run.run()
+
+    rows, moves = columns(run), run.sequencer.ledger.moves()
+    cancelled = int((moves["kind"] == Move.CANCEL).sum())
+    assert cancelled == len(watch.abandoned) == run.sequencer.num_cancelled > 0
+    assert not rows["dropped"].any()
+    assert rows["staleness"].max() <= age - 1
+    left = rows["staleness"].sum() + age * cancelled + watch.ages(run.sequencer.version)
+    assert left == 120 * 5
 
 
 @pytest.mark.parametrize("delay", DELAYS)

@@ -18,6 +18,7 @@ from scipy.special import gammaln
 
 from async_sgd.network import Network
 from async_sgd.streams import Stream
+from paramserver.ledger import Move
 from tests.support.virtual import columns, delays, simulation
 
 Array = NDArray[np.float64]
@@ -210,16 +211,19 @@ def time_bound(times: Array, threshold: int) -> float:
     return float(2 * (m / np.cumsum(1 / np.sort(times)) * (1 + threshold / m)).min())
 
 
+@pytest.mark.parametrize("cancel", ["false", "true"])
 @pytest.mark.parametrize("law", ["constant:time=1", "uniform:low=0,high=1"])
 @pytest.mark.parametrize(("num_workers", "threshold"), [(2, 1), (4, 8), (10, 3), (20, 10)])
-def test_ringmaster_makes_its_updates_in_time(num_workers: int, threshold: int, law: str) -> None:
+def test_ringmaster_makes_its_updates_in_time(
+    num_workers: int, threshold: int, law: str, cancel: str
+) -> None:
     slowest = np.random.default_rng([num_workers, threshold]).lognormal(0.0, 1.5, num_workers)
     factors = "/".join(map(str, slowest))
     run = simulation(
         num_workers,
         updates=400,
         delay=f"{law},factors={factors}",
-        rule=f"ringmaster:limit={threshold}",
+        rule=f"ringmaster:limit={threshold},cancel={cancel}",
     )
 
     run.run()
@@ -229,6 +233,41 @@ def test_ringmaster_makes_its_updates_in_time(num_workers: int, threshold: int, 
     longest = (times[threshold:] - times[:-threshold]).max()
     assert 0.1 < longest / time_bound(slowest, threshold) <= 1
     assert rows["staleness"][rows["dropped"] == 0].max() <= threshold - 1
+
+
+def test_cancelling_spares_backup_workers_what_nobody_takes() -> None:
+    """Two fast workers make every update; the slow one, cancelled, is never done."""
+    runs = [
+        simulation(
+            3,
+            updates=40,
+            delay="constant:time=1,factors=1/1/2.5",
+            rule=f"k-of-n:k=2,cancel={cancel}",
+        )
+        for cancel in ("false", "true")
+    ]
+
+    for run in runs:
+        run.run()
+
+    plain, cancelled = map(columns, runs)
+    assert set(plain["worker"]) == {0, 1, 2}
+    assert set(cancelled["worker"]) == {0, 1}
+    assert cancelled["end"][-1] == 40.0
+
+
+def test_a_cancelled_worker_begins_anew_at_that_second() -> None:
+    run = simulation(
+        2, updates=6, delay="constant:time=1,factors=1/2.5", rule="ringmaster:limit=2,cancel=true"
+    )
+
+    run.run()
+
+    moves = run.sequencer.ledger.moves()
+    cancelled = moves[moves["kind"] == Move.CANCEL]
+    assert cancelled["time"].tolist() == [2.0, 4.0]  # of versions 0 and 2; the run ends at 6
+    assert cancelled["worker"].tolist() == [1, 1]
+    assert columns(run)["worker"].tolist() == [0] * 6
 
 
 # ---------------------------------------------------------------- network and server

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from async_sgd.compensation import DCASGD
-from async_sgd.rules import Asynchronous, Pieces
+from async_sgd.rules import Asynchronous, Pieces, Ringmaster
 from async_sgd.trainer import AsyncTrainer
 from paramserver.clipping import ClipNorm
 from paramserver.optimizers import SGD, AnyOptimizer, NewtonCG, SaddleFreeNewton, Subgradient
 from paramserver.rules import RuleSpec
 from workers.config import RunConfig
+from workers.local import LOCALS
 from workers.tasks.quadratic import Quadratic
 
 
@@ -61,6 +63,29 @@ def test_only_gradients_are_compensated(
 def test_only_gradients_are_measured(optimizer: AnyOptimizer, rule: RuleSpec | None) -> None:
     with pytest.raises(ValueError, match=r"does not push a gradient alone, and measure gap,step"):
         AsyncTrainer(Quadratic().build(), optimizer, rule=rule, measure=("gap", "step"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"optimizer": SaddleFreeNewton()},
+            r"^saddle-free keeps points from push to push, and a rule with cancel=true gives up",
+        ),
+        (
+            {"local": LOCALS.parse("adamw")},
+            r"^local adamw keeps 2 vectors from push to push, which half of its steps would have",
+        ),
+        ({"local": LOCALS.parse("elastic")}, r"^local elastic keeps 1 vectors from push to push"),
+    ],
+)
+def test_what_would_be_left_half_done_is_not_cancelled(
+    options: dict[str, Any], message: str
+) -> None:
+    made = {"optimizer": SGD(lr=1.0), "rule": Ringmaster(limit=2, cancel=True), **options}
+
+    with pytest.raises(ValueError, match=message):
+        AsyncTrainer(Quadratic().build(), **made)
 
 
 def test_the_norm_of_a_compensated_gradient_is_known_to_one_shard_alone() -> None:

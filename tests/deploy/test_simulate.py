@@ -84,6 +84,21 @@ def test_local_steps_are_simulated_and_replayed(
     assert "sgd:steps=3" in (out / "report.html").read_text()
 
 
+def test_no_delays_are_fitted_to_what_was_cancelled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulate(tmp_path / "run", "--rule", "ringmaster:limit=1,cancel=true")
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"simulate"', '"async"'))
+    shown = capsys.readouterr().out
+
+    code = simulate(tmp_path / "other", "--like", str(tmp_path / "run"))
+
+    assert code == USAGE
+    assert "cancelled" in shown
+    assert "those that took long were cancelled: give --delay instead" in capsys.readouterr().err
+
+
 def test_no_delays_are_fitted_to_local_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from async_sgd.rules import BSP, SSP, Asynchronous, BoundedStaleness, KofN, NSoftsync
+from async_sgd.rules import (
+    BSP,
+    SSP,
+    Asynchronous,
+    BoundedStaleness,
+    KofN,
+    NSoftsync,
+    Rennala,
+    Ringmaster,
+)
 from paramserver.errors import ResourceError
 from paramserver.messages import Kind, Message
 from paramserver.rules import RuleSpec
@@ -27,6 +36,9 @@ RULES = [
     KofN(k=2, mode="async"),
     KofN(k=2, mode="batch-async"),
     NSoftsync(n=2),
+    Ringmaster(limit=2, cancel=True),
+    KofN(k=2, mode="sync", cancel=True),
+    Rennala(batch=2, cancel=True),
 ]
 
 

@@ -32,6 +32,9 @@ class Scripted:
             raise ServerTimeoutError(0, "waiting for an answer", timeout_s)
         return self._answers.popleft()
 
+    def poll(self) -> Message | None:
+        return self._answers.popleft() if self._answers else None
+
     def close(self) -> None:
         self.num_closed += 1
 

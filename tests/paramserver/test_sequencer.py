@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from async_sgd.damping import DynSGD
-from async_sgd.rules import BSP, SSP, Asynchronous, BoundedStaleness
+from async_sgd.rules import BSP, SSP, Asynchronous, BoundedStaleness, KofN, Ringmaster
 from async_sgd.rules.asynchronous import AsynchronousRule
 from paramserver.errors import (
     InvariantError,
@@ -302,3 +302,67 @@ def test_nobody_is_granted_a_read_after_the_end() -> None:
     assert told(push(s, 1)) == [(Action.DISCARD, 1, 1)]
     assert s.on_join(2, 1, 0.0) == []
     assert s.waiting(1.0) == {}
+
+
+# ---------------------------------------------------------------- cancellation
+
+
+def test_whoever_reaches_the_age_reads_anew_before_the_pusher_does() -> None:
+    s = sequencer(Ringmaster(limit=2, cancel=True), workers=3)
+    push(s, 0)
+
+    orders = push(s, 1)
+
+    assert told(orders) == [(Action.TAKE, 1, 2), (Action.READ, 2, 2), (Action.READ, 1, 2)]
+    assert [o.step for o in orders[1:]] == [1, 0]
+    assert s.conservation.read_version(2) == 2
+    assert s.conservation.report()["abandoned"] == 2
+
+
+def test_a_leave_that_completes_an_update_cancels_as_well() -> None:
+    s = sequencer(KofN(k=3, cancel=True), workers=4)
+    for worker in (0, 1):
+        push(s, worker)
+    s.on_leave(2, 0.0)
+    s.on_join(4, 1, 0.0)
+    assert s.version == 0
+
+    orders = push(s, 4)
+
+    assert (Action.READ, 3, 1) in told(orders)
+    assert s.num_cancelled == 1
+
+
+def test_a_cancelled_push_counts_once_in_the_law_and_never_as_a_gradient() -> None:
+    s = sequencer(Ringmaster(limit=1, cancel=True))
+    late = a_push(s, 1)
+    push(s, 0)
+    assert not s.is_duplicate(late)
+
+    orders = s.on_push(late._replace(norm=math.inf), 0.0)
+
+    assert told(orders) == [(Action.DISCARD, 1, 1), (Action.READ, 1, 1)]
+    assert s.is_duplicate(late)
+    assert (s.gradients, s.error, s.ledger.drop_reasons()) == (1, None, {"cancelled": 1})
+    assert s.conservation.report() == {
+        "left": 1, "right": 1, "holds": True, "arrived": 0, "in_flight": 0, "abandoned": 1,
+    }  # fmt: skip
+
+
+def test_a_push_of_another_read_than_the_cancelled_one_is_refused() -> None:
+    s = sequencer(Ringmaster(limit=1, cancel=True))
+    late = a_push(s, 1)
+    push(s, 0)
+    s.on_push(late, 0.0)
+
+    with pytest.raises(ProtocolError, match="says it read version 0; it was granted 1"):
+        s.is_duplicate(late._replace(seq=2))
+
+
+def test_nothing_is_cancelled_when_the_run_ends() -> None:
+    s = sequencer(Ringmaster(limit=1, cancel=True), budget=Budget(updates=1))
+
+    push(s, 0)
+
+    assert s.num_cancelled == 0
+    assert s.conservation.read_version(1) == 0

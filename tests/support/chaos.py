@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from paramserver.client import Ended, Reading
+from paramserver.client import Client, Ended, Reading
 from paramserver.errors import ServerTimeoutError
 from paramserver.messages import Kind, Message
 from paramserver.recount import recount
@@ -125,14 +125,18 @@ class Life:
 
     def _work(self) -> None:
         with self._plan.cluster.join(self.worker, self.incarnation) as client:
-            reading = client.first_read()
-            for seq in range(1, 1_000_000):
+            reading, seq = client.first_read(), 1
+            while True:
                 if isinstance(reading, Ended):
                     self.ended = reading
                     return
-                self._plan.check_reading(reading)
+                self._check(reading)
                 self.pause()
-                self._plan.check_reading(reading)
+                newer = self._newer_read(client)
+                if newer is not None:
+                    reading = newer
+                    continue
+                self._check(reading)
                 grad = gradient(self.worker, self.incarnation, seq)
                 parts = grad.split([len(slot) for slot in client.slots])
                 for slot, part in zip(client.slots, parts, strict=True):
@@ -146,6 +150,22 @@ class Life:
                     except ServerTimeoutError:
                         send = client.retry
                 self.pushes = False
+                seq += 1
+
+    def _check(self, reading: Reading) -> None:
+        """Check what is read, unless it was cancelled: then the server may write there."""
+        if self._plan.is_granted(self.worker, self.incarnation, reading):
+            self._plan.check_reading(reading)
+
+    def _newer_read(self, client: Client) -> Reading | None:
+        """Look for a read in the place of one that was cancelled; a lost answer is none."""
+        self.pushes = True
+        try:
+            return client.newer_read()
+        except ServerTimeoutError:
+            return None
+        finally:
+            self.pushes = False
 
 
 class Plan:
@@ -219,6 +239,12 @@ class Plan:
             assert torch.equal(
                 shard.snapshots.params, self.models[shard.version][cut.start : cut.stop]
             ), f"a shard's parameters are not those of version {shard.version}"
+
+    def is_granted(self, worker: int, incarnation: int, reading: Reading) -> bool:
+        """Whether what a worker reads was not cancelled, and so must not change."""
+        sequencer = self.cluster.sequencer
+        is_live = sequencer.is_live(worker, incarnation)
+        return is_live and sequencer.conservation.read_version(worker) == reading.version
 
     def check_reading(self, reading: Reading) -> None:
         """Check that what a worker reads is one version, whole and unchanged."""

@@ -75,6 +75,8 @@ class RuleDriver:
         self._numbers = itertools.count(workers)  # for new workers
         self._waiting: dict[int, None] = {}  # in the order they began to wait
         self._reads: dict[int, tuple[int, float]] = {}  # worker -> (version, time)
+        self._numbers_of_reads: dict[int, int] = {}
+        self.num_cancelled = 0
         self._order = itertools.count()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         for worker in range(workers):
@@ -108,11 +110,15 @@ class RuleDriver:
         self._reads[worker] = (self.version, self.now)
         self.conservation.on_read(worker, self.version)
         stream = self._streams.setdefault(worker, np.random.default_rng([self._seed, 2, worker]))
-        self._after(self._seconds(stream), partial(self._push, worker, self._lives[worker]))
+        number = self._numbers_of_reads[worker] = self._numbers_of_reads.get(worker, 0) + 1
+        push = partial(self._push, worker, self._lives[worker], number)
+        self._after(self._seconds(stream), push)
 
-    def _push(self, worker: int, life: int) -> None:
+    def _push(self, worker: int, life: int, number: int) -> None:
         if worker not in self._clocks or self._lives[worker] != life:
             return  # it crashed before it was done
+        if number != self._numbers_of_reads[worker]:
+            return  # it was cancelled
         read_version, start = self._reads.pop(worker)
         self._clocks[worker] += 1
         clock = self._last_clocks[worker] = self._clocks[worker]
@@ -139,6 +145,7 @@ class RuleDriver:
         self.ended.append((worker, clock, self.now))
         if isinstance(verdict, Accept):
             assert self.rule.gathers or verdict.step, "an update was begun and not applied"
+            assert self.rule.cancel_age is None or push.staleness < self.rule.cancel_age
             if verdict.step:
                 self._bump()
             for bound in self.rule.bounds(push):
@@ -150,6 +157,14 @@ class RuleDriver:
     def _bump(self) -> None:
         self.version += 1
         self.conservation.on_bump(self.version)
+        if self.rule.cancel_age is None:
+            return
+        for worker, read_version in self.conservation.read_by(self.version - self.rule.cancel_age):
+            assert self.version - read_version == self.rule.cancel_age
+            self.num_cancelled += 1
+            self._reads.pop(worker)
+            self.conservation.on_abandon(worker, self.version)
+            self._waiting[worker] = None
 
     def _join(self, worker: int) -> None:
         clock = self._last_clocks.get(worker, min(self._clocks.values(), default=0))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from async_sgd.rules import Ringmaster
 from paramserver.client import Client
 from paramserver.clipping import Clip, ClipNorm, ClipValue
 from paramserver.errors import NonFiniteGradientError, TaskError
@@ -339,3 +341,97 @@ def test_steps_may_follow_forward_gradients(mode: GradientMode) -> None:
 
     expected = one_by_one.cluster.params()
     torch.testing.assert_close(training.cluster.params(), expected, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- cancellation
+
+
+class Overtaken:
+    """Worker 0's training under a rule that cancels, and worker 1, which pushes when it is told."""
+
+    def __init__(self, overtake_at: str, shards: int = 2, local: Local | None = None) -> None:
+        self.forward: list[int] = []
+        self.backward = 0
+        self._at, self._local = overtake_at, local
+        self.task = replace(TASK, loss=self._loss)
+        self.model = build_model(self.task, SEED)
+        self.layout = Layout.of(self.model)
+        self.cluster = MemoryCluster(
+            self.layout.flatten(self.model),
+            shards=shards,
+            optimizer=SGD(lr=0.1),
+            rule=Ringmaster(limit=1, cancel=True).build(2),
+            budget=Budget(updates=3),
+        )
+        self._other = self.cluster.join(1)
+        self._other.first_read()
+
+    def run(self) -> Finished:
+        with self.cluster.join(0) as client:
+            return train(
+                self.task, self.model, self.layout, self.cluster.cuts, client,
+                build_data(self.task).train, batches(self.task), seed=SEED, looks=True,
+                before_push=self._before_push, local=self._local,
+            )  # fmt: skip
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.forward.append(int(batch[0].sum() * 1e6))
+        loss = cross_entropy(model, batch)
+        loss.register_hook(self._count_backward)
+        if self._at == "forward":
+            self._overtake(2)
+        return loss
+
+    def _count_backward(self, grad: Tensor) -> None:
+        self.backward += 1
+        if self._at == "backward":
+            self._overtake(1)
+
+    def _before_push(self, clock: int) -> None:
+        if self._at == "push":
+            self._overtake(1)
+
+    def _overtake(self, times: int) -> None:
+        """Let worker 1 push at the first occasion, so that worker 0 is cancelled."""
+        self._at = ""
+        for _ in range(times):
+            for slot in self._other.slots:
+                slot.zero_()
+            self._other.push(norm=0.0)
+
+
+@pytest.mark.parametrize(("at", "backward", "pushes"), [("forward", 1, 2), ("backward", 3, 1)])
+def test_a_cancelled_gradient_is_begun_anew_with_the_same_samples(
+    at: str, backward: int, pushes: int
+) -> None:
+    run = Overtaken(at)
+
+    run.run()
+
+    ledger = run.cluster.sequencer.ledger.columns()
+    mine = ledger["worker"] == 0
+    assert run.forward[0] == run.forward[1]
+    assert run.backward == backward
+    assert ledger["worker"].tolist() == [1] * pushes + [0] * (3 - pushes)
+    assert ledger["staleness"].tolist() == [0] * 3
+    assert ledger["clock"][mine].tolist() == list(range(1, 4 - pushes))
+    assert not ledger["dropped"].any()
+
+
+def test_a_push_that_was_on_its_way_is_dropped_and_its_samples_with_it() -> None:
+    run = Overtaken("push")
+
+    run.run()
+
+    assert run.cluster.sequencer.ledger.drop_reasons() == {"cancelled": 1}
+    assert len(set(run.forward)) == len(run.forward) == 3
+    assert run.cluster.sequencer.conservation.holds
+
+
+def test_local_steps_are_given_up_between_two_of_them() -> None:
+    run = Overtaken("backward", local=LocalSGD(steps=4, lr=0.1))
+
+    run.run()
+
+    assert len(run.forward) == 1 + 4 * 2  # one of the first four was taken
+    assert run.forward[1] == run.forward[0]
