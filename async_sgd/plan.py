@@ -53,6 +53,8 @@ class Plan:
     """What is measured of each push, some of `paramserver.measures.MEASURES`."""
     cancels: bool
     """Whether the rule may cancel what a worker computes."""
+    tabulates: bool
+    """Whether it keeps a table of every worker's gradients."""
     layout: Layout
     cuts: tuple[range, ...]
     num_train: int
@@ -115,6 +117,7 @@ class Plan:
             compensation=self.compensation,
             average=config.average,
             measure=self.measure,
+            tabulates=self.tabulates,
             version=start.version,
             rule_state=None if state is None else scatter_state(state, cut),
             schedule_state=None if state is None else state.schedule,

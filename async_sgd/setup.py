@@ -100,6 +100,8 @@ class Setup:
         self._check_workers()
         if self.cancels:
             self._check_cancel()
+        if self.rule.build(config.workers).tabulates:
+            self._check_table()
         if shards > 1:
             self._check_norms()
 
@@ -170,6 +172,7 @@ class Setup:
             course=self.config.course(self.task, data),
             measure=self.measure,
             cancels=self.cancels,
+            tabulates=self.rule.build(self.config.workers).tabulates,
             layout=layout,
             cuts=cuts,
             num_train=num_train,
@@ -201,6 +204,19 @@ class Setup:
                 "to push, which half of its steps would have changed when a rule with cancel=true "
                 "gives them up: leave cancel out, or use steps that keep nothing, such as sgd"
             )
+
+    def _check_table(self) -> None:
+        """Raise ValueError for what has no meaning where gradients are used several times."""
+        rule = RULES.name_of(self.rule)
+        for what, is_there in (
+            ("damping shortens the step of one gradient", self.damping is not None),
+            ("compensation corrects a gradient for one update", self.compensation is not None),
+        ):
+            if is_there:
+                raise ValueError(
+                    f"{what}, and an update of rule {rule} averages gradients of every worker, "
+                    "each used in several: leave it out, or use asp, ssp, bounded or ringmaster"
+                )
 
     def _check_local(self, local: Local) -> None:
         """Raise ValueError for what local steps cannot be combined with."""

@@ -317,6 +317,7 @@ def _check_memory(plan: Plan) -> None:
     """Raise ResourceError if what workers read and keep does not fit into this machine's memory."""
     layout, num_workers = plan.layout, plan.config.workers
     kept = 0 if plan.local is None else plan.local.num_kept
+    kept += 2 * plan.tabulates  # the table's
     needed = (num_workers * (1 + kept) + 2) * layout.num_bytes
     there = _available_bytes()
     if needed > there:

@@ -75,6 +75,10 @@ class Rule(Protocol):
     name: str
     gathers: bool
     """Whether one update may average several gradients."""
+    tabulates: bool
+    """Whether an update is the mean over the workers of what each of them has pushed lately, from
+    a `paramserver.gradient_table.GradientTable`, instead of that of the gradients since the last
+    one. Such a rule gathers as well."""
     cancel_age: int | None
     """Updates after whose read a gradient that is still computed is cancelled: its worker reads
     anew at once. None: never."""

@@ -23,6 +23,7 @@ from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.compensation import Compensation, with_compensation, without_compensation
 from paramserver.errors import LayoutError, ProtocolError
+from paramserver.gradient_table import GradientTable
 from paramserver.measures import Gauge
 from paramserver.messages import Action, Message
 from paramserver.optimizers import Optimizer
@@ -177,6 +178,7 @@ class Shard(Held):
         compensation: Compensation | None = None,
         average: Average | None = None,
         gauge: Gauge | None = None,
+        tabulates: bool = False,
         version: int = 0,
         num_rows: int = 1,
     ) -> None:
@@ -192,6 +194,7 @@ class Shard(Held):
             average: Of the iterates, which readers that do not push then see; None shows the
                 parameters.
             gauge: Measures each push, and each update.
+            tabulates: Whether the rule does (`paramserver.rules.Rule.tabulates`).
             version: Updates that made ``params``.
             num_rows: Rows of ``n`` that are pushed: 1 is a gradient.
         """
@@ -204,6 +207,7 @@ class Shard(Held):
         self.compensator = None if compensation is None else compensation.build(params)
         self.averager = None if average is None else average.build(params)
         self._gauge = gauge
+        self._table = GradientTable(params) if tabulates else None
         self._gathered: Tensor | None = None  # sum of weight * scale * gradient
         self._weight = 0.0  # sum of weight * scale
         self._full_weight = 0.0  # sum of weight
@@ -229,6 +233,8 @@ class Shard(Held):
     def _leave(self, worker: int) -> None:
         super()._leave(worker)
         self.rule.left(worker)
+        if self._table is not None:
+            self._table.forget(worker)
 
     def _taken(self, order: Message) -> Tensor:
         """Return the gradient that ``order`` takes, corrected by what has changed since its read.
@@ -255,6 +261,11 @@ class Shard(Held):
 
     def _take(self, grad: Tensor, order: Message) -> None:
         self.rule.came_from(order.worker, order.clock, order.samples)
+        if self._table is not None:
+            mean = self._table.add(order.worker, grad, step=bool(order.step))
+            if mean is not None:
+                self._apply(mean, order.loss, self._norm_of(mean), order.scale, order.version)
+            return
         if order.step and self._gathered_nothing:
             # The worker has measured the norm; a correction has changed it since.
             norm = order.norm if self.compensator is None else self._norm_of(grad)

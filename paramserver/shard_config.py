@@ -70,6 +70,9 @@ class ShardConfig:
     measured_cuts: tuple[range, ...] | None = None
     """Ranges that are measured apart and added up, as so many shards do; None: all as one."""
 
+    tabulates: bool = False
+    """Whether the rule does; push rules only."""
+
     version: int = 0
 
     rule_state: dict[str, Any] | None = None
@@ -102,6 +105,7 @@ class ShardConfig:
                 compensation=self.compensation,
                 average=self.average,
                 gauge=Gauge(self.measure, params, self.measured_cuts) if self.measure else None,
+                tabulates=self.tabulates,
                 version=self.version,
                 num_rows=self.slot_rows,
             )

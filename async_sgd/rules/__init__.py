@@ -10,6 +10,7 @@ from async_sgd.rules.fedbuff import FedBuff
 from async_sgd.rules.gathering import BSP, KofN, NSoftsync
 from async_sgd.rules.pieces import Pieces
 from async_sgd.rules.rennala import Rennala
+from async_sgd.rules.ringleader import Ringleader
 from async_sgd.rules.ringmaster import Ringmaster
 from async_sgd.rules.ssp import SSP
 from async_sgd.rules.sync_switch import SyncSwitch
@@ -27,6 +28,7 @@ __all__ = [
     "NSoftsync",
     "Pieces",
     "Rennala",
+    "Ringleader",
     "Ringmaster",
     "SyncSwitch",
 ]
@@ -42,6 +44,9 @@ RULES.register(
     source="Koloskova et al., arXiv:2206.08307; Mishchenko et al., arXiv:2206.07638",
 )
 RULES.register("ringmaster", Ringmaster, source="Maranjyan et al., ICML 2025, arXiv:2501.16168")
+RULES.register(
+    "ringleader", Ringleader, source="Maranjyan & Richtárik, ICLR 2026, arXiv:2509.22860"
+)
 RULES.register(
     "k-of-n", KofN, source="Chen et al., arXiv:1604.00981; Dutta et al., arXiv:1803.01113"
 )

@@ -32,6 +32,7 @@ class AsynchronousRule:
     name = "asp"
     gathers = False
     cancel_age: int | None = None
+    tabulates = False
 
     def on_join(self, worker: int, clock: int) -> None:
         """Do nothing: members are equal, however far each of them is."""

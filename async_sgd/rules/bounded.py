@@ -51,6 +51,7 @@ class BoundedStalenessRule:
     """Judges each push by its own staleness alone; a `paramserver.rules.Rule`."""
 
     gathers = False
+    tabulates = False
 
     def __init__(self, name: str, limit: int, action: Action, *, cancel: bool = False) -> None:
         """Take what is at most ``limit`` stale; errors and records call the rule ``name``.

@@ -135,6 +135,7 @@ class Gathering:
     """Counts gradients until an update is complete; a `paramserver.rules.Rule`."""
 
     gathers = True
+    tabulates = False
 
     def __init__(
         self,

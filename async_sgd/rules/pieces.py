@@ -65,6 +65,7 @@ class PiecesRule:
     name = "pieces"
     gathers = True
     cancel_age: int | None = None
+    tabulates = False
 
     def __init__(self, quorum: float, patience: int) -> None:
         """Start without a request."""

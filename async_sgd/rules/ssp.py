@@ -60,6 +60,7 @@ class SSPRule:
     name = "ssp"
     gathers = False
     cancel_age: int | None = None
+    tabulates = False
 
     def __init__(self, bound: int) -> None:
         self._bound = bound

@@ -52,6 +52,7 @@ class SyncSwitchRule:
 
     name = "sync-switch"
     cancel_age: int | None = None
+    tabulates = False
 
     def __init__(self, after: int) -> None:
         self.gathers = after > 0

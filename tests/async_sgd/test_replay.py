@@ -47,6 +47,11 @@ def recorded(out: Path, **options: Any) -> Path:
         {"rule": RULES.parse("bounded:limit=1")},
         {"rule": RULES.parse("ringmaster:limit=1,cancel=true")},
         {
+            "rule": RULES.parse("ringleader"),
+            "measure": MEASURES,
+            "changes": [Change.parse(c) for c in ("crash:1@3", "join:1@6", "leave:0@9")],
+        },
+        {
             "rule": RULES.parse("k-of-n:k=2,cancel=true"),
             "changes": [Change.parse(c) for c in ("crash:1@3", "join:1@6", "leave:0@9")],
         },

@@ -385,6 +385,7 @@ def test_sync_switch_promises_no_staleness_up_to_its_last_update() -> None:
         ("ringmaster:limit=1", False),
         ("rennala:batch=1", True),
         ("fedbuff", True),
+        ("ringleader", True),
         ("sync-switch:after=1", True),
         ("sync-switch:after=0", False),
     ],

@@ -15,6 +15,7 @@ from async_sgd.rules import (
     KofN,
     NSoftsync,
     Rennala,
+    Ringleader,
     Ringmaster,
     SyncSwitch,
 )
@@ -226,6 +227,31 @@ def test_cancelled_staleness_is_conserved_and_nothing_is_dropped(
     assert not columns["dropped"].any()
     assert columns["staleness"].max() <= age - 1
     assert left == driver.version * 11 - driver.conservation.report()["in_flight"]
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_ringleader_makes_one_update_a_worker_in_every_round(workers: int, delay: str) -> None:
+    driver = RuleDriver(Ringleader().build(workers), workers=workers, seconds=DELAYS[delay])
+
+    columns = driver.run(1000)
+
+    ends = np.flatnonzero(np.diff(columns["version"]) > 0)  # rows that make an update
+    makers = columns["worker"][ends]
+    rounds = makers[: len(makers) // workers * workers].reshape(-1, workers)
+    assert len(rounds) >= 1
+    assert (np.sort(rounds, axis=1) == np.arange(workers)).all()
+    in_flight = driver.conservation.report()["in_flight"]
+    assert columns["staleness"].sum() == driver.version * (workers - 1) - in_flight
+
+
+def test_ringleader_attains_its_bound() -> None:
+    """A worker that is first in one round, with surplus, and last in the next."""
+    driver = RuleDriver(Ringleader().build(4), workers=4, seconds=DELAYS["pareto"])
+
+    driver.run(5000)
+
+    assert driver.worst["staleness"] == driver.limits["staleness"] == 2 * 4 - 2
 
 
 def test_constant_times_make_constant_staleness() -> None:

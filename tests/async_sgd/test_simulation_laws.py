@@ -705,28 +705,44 @@ def test_ringmaster_takes_nothing_as_stale_as_its_threshold(limit: int) -> None:
 # ---------------------------------------------------------------- unequal data
 
 
-def test_asp_finds_the_optimum_that_speeds_weigh() -> None:
-    curvatures, optima = np.array([1.0, 0.5, 2.0, 1.0]), np.array([2.0, 0.0, -1.0, -3.0])
-    times, lr = np.array([1.0, 2.0, 4.0, 10.0]), 0.004
+CURVATURES, OPTIMA = np.array([1.0, 0.5, 2.0, 1.0]), np.array([2.0, 0.0, -1.0, -3.0])
+TIMES = np.array([1.0, 2.0, 4.0, 10.0])
+OPTIMUM = (CURVATURES * OPTIMA).sum() / CURVATURES.sum()
+
+
+def path_on_unequal_data(rule: str, lr: float, updates: int) -> Array:
+    """Return the iterates of workers whose losses differ, and their speeds."""
 
     def gradient(job: Job) -> torch.Tensor:
-        return torch.as_tensor(curvatures[job.worker] * (job.params - optima[job.worker]))
+        return torch.as_tensor(CURVATURES[job.worker] * (job.params - OPTIMA[job.worker]))
 
     slope = Slope(0.0, gradient)
     run = simulation(
         4,
-        updates=9000,
+        updates=updates,
+        rule=rule,
         delay="gamma:cv=0.3,factors=1/2/4/10",
         optimizer=SGD(lr=lr),
         gradients=slope,
     )
-
     run.run()
+    path: Array = slope.path()[:, 0]
+    return path
 
-    weights = curvatures / times
-    biased = (weights * optima).sum() / weights.sum()
-    unbiased = (curvatures * optima).sum() / curvatures.sum()
-    path = slope.path()[1500:, 0]  # six times 1 / (lr curvature)
+
+def test_asp_finds_the_optimum_that_speeds_weigh() -> None:
+    lr = 0.004
+
+    path = path_on_unequal_data("asp", lr, 9000)[1500:]  # six times 1 / (lr curvature)
+
+    weights = CURVATURES / TIMES
+    biased = (weights * OPTIMA).sum() / weights.sum()
     error = error_of_mean(path, num_parts=20)
     assert abs(path.mean() - biased) < 4 * error + lr
-    assert abs(biased - unbiased) > 20 * (4 * error + lr)
+    assert abs(biased - OPTIMUM) > 20 * (4 * error + lr)
+
+
+def test_ringleader_finds_the_optimum_whatever_the_speeds() -> None:
+    path = path_on_unequal_data("ringleader", 0.05, 1500)
+
+    assert path[-100:] == pytest.approx(OPTIMUM, abs=1e-10)

@@ -235,6 +235,22 @@ def test_ringmaster_makes_its_updates_in_time(
     assert rows["staleness"][rows["dropped"] == 0].max() <= threshold - 1
 
 
+@pytest.mark.parametrize("law", ["constant:time=1", "uniform:low=0,high=1"])
+@pytest.mark.parametrize("num_workers", [1, 2, 5, 20])
+def test_a_round_of_ringleader_takes_at_most_twice_the_longest_time(
+    num_workers: int, law: str
+) -> None:
+    slowest = np.random.default_rng(num_workers).lognormal(0.0, 1.0, num_workers)
+    factors = "/".join(map(str, slowest))
+    run = simulation(num_workers, updates=400, delay=f"{law},factors={factors}", rule="ringleader")
+
+    run.run()
+
+    ends_of_rounds = np.append(0.0, update_times(columns(run)))[::num_workers]
+    longest = np.diff(ends_of_rounds).max()
+    assert 0.3 < longest / (2 * slowest.max()) <= 1
+
+
 def test_cancelling_spares_backup_workers_what_nobody_takes() -> None:
     """Two fast workers make every update; the slow one, cancelled, is never done."""
     runs = [

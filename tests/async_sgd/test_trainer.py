@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from async_sgd.compensation import DCASGD
-from async_sgd.rules import Asynchronous, Pieces, Ringmaster
+from async_sgd.damping import DynSGD
+from async_sgd.rules import Asynchronous, Pieces, Ringleader, Ringmaster
 from async_sgd.trainer import AsyncTrainer
 from paramserver.clipping import ClipNorm
-from paramserver.optimizers import SGD, AnyOptimizer, NewtonCG, SaddleFreeNewton, Subgradient
+from paramserver.optimizers import DANA, SGD, AnyOptimizer, NewtonCG, SaddleFreeNewton, Subgradient
 from paramserver.rules import RuleSpec
 from workers.config import RunConfig
 from workers.local import LOCALS
@@ -86,6 +87,25 @@ def test_what_would_be_left_half_done_is_not_cancelled(
 
     with pytest.raises(ValueError, match=message):
         AsyncTrainer(Quadratic().build(), **made)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"damping": DynSGD()},
+            r"^damping shortens the step of one gradient, and an update of",
+        ),
+        (
+            {"compensation": DCASGD()},
+            r"^compensation corrects a gradient for one update, and an",
+        ),
+        ({"optimizer": DANA()}, r"^dana keeps a velocity for each worker, and rule ringleader"),
+    ],
+)
+def test_a_table_of_gradients_is_no_single_gradient(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AsyncTrainer(Quadratic().build(), **{"optimizer": SGD(), "rule": Ringleader(), **options})
 
 
 def test_the_norm_of_a_compensated_gradient_is_known_to_one_shard_alone() -> None:

@@ -27,6 +27,7 @@ EXAMPLES = {
     ],
     "softsync": ["softsync:n=1", "softsync:n=2", "softsync:n=4"],
     "ringmaster": ["ringmaster:limit=1", "ringmaster:limit=4", "ringmaster:limit=3,cancel=true"],
+    "ringleader": ["ringleader"],
     "rennala": [
         "rennala:batch=1",
         "rennala:batch=4",

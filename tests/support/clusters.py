@@ -65,7 +65,8 @@ class Cluster:
         self.cuts = split(params.numel(), shards)
         self.num_examples, self.rounds, self.dtype = num_examples, rounds, params.dtype
         self.slot_rows, self._readers = slot_rows, readers
-        self.sequencer = Sequencer(rule or Asynchronous().build(readers), **sequencer)
+        machine = rule or Asynchronous().build(readers)
+        self.sequencer, self._tabulates = Sequencer(machine, **sequencer), machine.tabulates
         self._optimizer, self._compensation = optimizer or SGD(lr=1.0), compensation
         self._capacity = 2 * readers + 2 if num_examples else readers + 1
         self._clients: list[Client] = []
@@ -93,6 +94,7 @@ class Cluster:
                 schedule=schedule,
                 clip=clip,
                 compensation=self._compensation,
+                tabulates=self._tabulates,
             )
         return RoundShard(
             params,

@@ -132,14 +132,15 @@ def simulation(
     """Make a simulation of ``num_workers`` on one vector, by default a scalar that stays."""
     params = start if isinstance(start, Tensor) else torch.tensor([start], dtype=DOUBLE)
     spec = RULES.parse(rule) if isinstance(rule, str) else rule
+    machine = spec.build(num_workers)
     sequencer = Sequencer(
-        spec.build(num_workers),
+        machine,
         damping=damping,
         budget=Budget(updates=updates),
         expected=num_workers - len(late_joiners(changes)),
     )
     buffers = buffers or Buffers(num_workers + 2, params.numel(), params.dtype)
-    shard = Shard(params, optimizer or SGD(lr=0.01), buffers)
+    shard = Shard(params, optimizer or SGD(lr=0.01), buffers, tabulates=machine.tabulates)
     times = Times(
         compute=delays(delay, num_workers, seed, Stream.COMPUTE),
         service=None if service is None else delays(service, num_workers, seed, Stream.SERVICE),
