@@ -50,7 +50,8 @@ class Job:
     """Iterations the worker has ended before this one."""
     read_version: int
     params: Tensor
-    """What was read, shape ``(n,)``; it stays as it is until the push was decided about."""
+    """What was read, shape ``(n,)``; it stays as it is until the push was decided about. A worker
+    that keeps an earlier read does not look at it."""
     grad: Tensor | None = field(default=None, repr=False)
     """Shape ``(n,)``, once it is computed."""
     done: Estimated | None = None
@@ -280,7 +281,7 @@ class Batched:
                 own.end([job.grad])
                 norm = float(torch.linalg.vector_norm(job.grad))
                 done = self._judged(job.grad, loss / len(numbers), norm)
-                job.done = replace(done, steps=len(numbers))
+                job.done = replace(done, steps=len(numbers), keeps=own.keeps)
 
     def _gradients(self, points: Tensor, steps: Sequence[Step]) -> list[tuple[Tensor, Estimated]]:
         """Return the gradient of each step, at its row of ``points``, clipped."""

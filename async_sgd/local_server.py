@@ -66,7 +66,8 @@ class LocalServer:
         grad, done = self._gradients.finish(job)
         message = Message(
             Kind.PUSH, 0, worker, job.incarnation, job.seq, job.clock, 0, job.read_version, 0,
-            done.steps * self._batch_size, 0, -1, 0, 0.0, done.loss, done.norm, done.layer,
+            done.steps * self._batch_size, 0, -1, int(done.keeps), 0.0, done.loss, done.norm,
+            done.layer,
         )  # fmt: skip
         self.shard.hold(worker, job.incarnation, job.seq, grad)
         return self._carry_out(self.sequencer.on_push(message, now))
@@ -117,12 +118,14 @@ class LocalServer:
     def _begin(self, read: Message, params: Tensor) -> Job:
         worker = read.worker
         self._abandon(worker)  # it may have been cancelled
+        read_version = self.sequencer.conservation.read_version(worker)
+        assert read_version is not None, f"worker {worker} was granted no read"
         job = Job(
             worker,
             self.sequencer.incarnation(worker),
             read.seq + 1,
             self.sequencer.clock(worker),
-            read.version,
+            read_version,
             params,
         )
         self.jobs[worker] = job

@@ -15,6 +15,7 @@ from async_sgd.plan import Plan
 from async_sgd.rules import RULES
 from async_sgd.rules.asynchronous import Asynchronous
 from async_sgd.rules.pieces import Pieces
+from async_sgd.rules.ssp import SSP
 from paramserver.averaged_state import check_average
 from paramserver.averaging import AVERAGES
 from paramserver.checkpoint import Checkpoint
@@ -235,6 +236,22 @@ class Setup:
             )
         if local.as_it_is:
             self._check_as_it_is(steps)
+        if local.keeps_reads:
+            self._check_keeps_reads(steps)
+
+    def _check_keeps_reads(self, steps: str) -> None:
+        """Raise ValueError for what counts on a new read after every push."""
+        rule = RULES.name_of(self.rule)
+        if self.rule.build(self.config.workers).gathers or isinstance(self.rule, SSP):
+            raise ValueError(
+                f"{steps} pushes several times of one read, and rule {rule} counts on a new one "
+                "after every push: use asp, bounded or ringmaster, or fetch as often as you push"
+            )
+        if "gap" in self.measure:
+            raise ValueError(
+                f"{steps} goes on from what it fetched some pushes ago, which no shard keeps to "
+                "measure the gap from: leave gap out, or fetch as often as you push"
+            )
 
     def _check_as_it_is(self, steps: str) -> None:
         """Raise ValueError if the server would not add up what is pushed as it is."""

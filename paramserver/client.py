@@ -95,17 +95,24 @@ class Client:
         return self.end_push()
 
     def begin_push(
-        self, *, loss: float = 0.0, norm: float = 0.0, samples: int = 1, layer: str = ""
+        self,
+        *,
+        loss: float = 0.0,
+        norm: float = 0.0,
+        samples: int = 1,
+        layer: str = "",
+        keeps: bool = False,
     ) -> None:
         """Do the first half of `push`: send. Until `end_push` neither slots nor reading are valid.
 
-        The shard works meanwhile, and the worker can get its next batch ready.
+        The shard works meanwhile, and the worker can get its next batch ready. With ``keeps`` the
+        worker will not take over what it reads then: its next push is of the same read as this one.
         """
         self._seq += 1
         self._push = Message(
             Kind.PUSH, worker=self.worker, incarnation=self.incarnation, seq=self._seq,
             clock=self.clock + 1, read_version=self._version, samples=samples, loss=loss, norm=norm,
-            text=layer,
+            text=layer, step=int(keeps),
         )  # fmt: skip
         self._send_push()
 
@@ -113,6 +120,8 @@ class Client:
         """Do the second half of `push`: wait for the answer."""
         answer = self._answer(self._seq)
         self.clock = self._push.clock
+        if self._push.step:
+            self._version = self._push.read_version
         return answer
 
     def newer_read(self) -> Reading | None:

@@ -13,6 +13,7 @@ class Conservation:
         + sum over reads still in flight of their age
         + sum over reads that were abandoned of their age then
         ==  sum over updates of the number of reads in flight
+        + sum over reads that were kept for another push of their age then
 
     A read is in flight from `on_read` to its arrival, and the push that completes an update is out
     of flight before it. The law holds for any delays, any rule and any joins, leaves, drops and
@@ -42,6 +43,16 @@ class Conservation:
         self.on_abandon(worker, self._version)
         self._reads[worker] = version
         self._sum_reads += version
+
+    def on_kept(self, worker: int, read_version: int) -> None:
+        """Let ``worker`` compute another gradient on a read of which it has pushed one already.
+
+        Its age until now was counted with that push and is counted once more with the next one, so
+        it is on both sides.
+        """
+        self._reads[worker] = read_version
+        self._sum_reads += read_version
+        self._right += self._version - read_version
 
     def on_arrival(self, worker: int, read_version: int, version: int) -> None:
         """Let a push read at ``read_version`` arrive at ``version``, to be applied or dropped."""

@@ -93,8 +93,8 @@ class Message(NamedTuple):
     vector: int = -1
     """Which one holds the vector a product is taken with; -1 if there is none."""
     step: int = 0
-    """Of `Action.TAKE`: whether the update is applied now. Of `Action.READ` and a grant: whether it
-    takes the place of a read that was cancelled."""
+    """Of a push: whether the next one is of the same read. Of `Action.TAKE`: whether the update is
+    applied now. Of `Action.READ` and a grant: whether it takes the place of a cancelled read."""
     scale: float = 0.0
     loss: float = 0.0
     norm: float = 0.0

@@ -25,6 +25,8 @@ class Member:
     """When it was granted its read, in seconds of the run."""
     cancelled: set[int] = field(default_factory=set)
     """Versions of its reads that were cancelled since its last push; it may push them yet."""
+    kept: int | None = None
+    """Version of the read that its next push will be of as well; None: it takes over a new one."""
     waits_since: float | None = None
     waits_for: frozenset[int] = frozenset()
 

@@ -29,7 +29,8 @@ def recount(
       gathers, versions rise by one at a time, and only after a gradient was taken;
     - once: no (worker, incarnation, seq) is applied twice;
     - reads: a worker reads the version of its own last push or a later one, so its reads never
-      overlap and no update is missing in what it read;
+      overlap and no update is missing in what it read (but where it fetches less often than it
+      pushes, which is reported);
     - scales: above 0 if applied, 0 if dropped; and no push ends before it starts.
 
     Args:

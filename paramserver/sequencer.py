@@ -144,6 +144,7 @@ class Sequencer:
             orders += self.on_leave(worker, now)
             state.incarnation, state.seq, state.live = incarnation, 0, True
             state.cancelled.clear()
+            state.kept = None
         else:
             state = self._workers[worker] = Member(incarnation)
         self.num_live += 1
@@ -189,6 +190,7 @@ class Sequencer:
         state = self._workers[m.worker]
         self._last = m.worker
         state.seq, state.clock = m.seq, state.clock + 1
+        state.kept = m.read_version if m.step else None
         push = Push(m.worker, state.clock, m.read_version, self.version, max(m.samples, 1))
         is_late = self._has_been_cancelled(m, state)
         if is_late:  # it may have been computed on what was being overwritten
@@ -357,7 +359,10 @@ class Sequencer:
                 state.waits_since, state.waits_for = None, frozenset()
                 del self._waiting[worker]
             was_cancelled = self.is_computing(worker)
-            self.conservation.on_read(worker, self.version)
+            if state.kept is None:
+                self.conservation.on_read(worker, self.version)
+            else:
+                self.conservation.on_kept(worker, state.kept)
             state.read_at = now
             order = self._order(Action.READ, worker, state.seq)
             # A slow follower may carry it out when the worker has been replaced, who is told then.

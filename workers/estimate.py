@@ -29,6 +29,8 @@ class Estimated:
     """The first parameter whose gradient is not finite, ``loss`` if only the loss is not."""
     steps: int = 1
     """Batches it took: several where a worker takes steps of its own."""
+    keeps: bool = False
+    """Whether the worker will not take over what it reads next, but go on where it is."""
 
 
 class Estimator:

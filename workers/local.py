@@ -50,6 +50,10 @@ class Local(Protocol):
     def as_it_is(self) -> bool:
         """Whether the server must add up what is pushed, and neither scale nor average it."""
 
+    @property
+    def keeps_reads(self) -> bool:
+        """Whether a worker may go on after a push without taking over what it reads then."""
+
     def check(self, num_workers: int) -> None:
         """Make sure that it fits workers 0 to ``num_workers`` - 1; ValueError if not."""
 
@@ -96,19 +100,33 @@ class _Steps:
         """Like a gradient, it may be scaled and averaged."""
         return False
 
+    @property
+    def keeps_reads(self) -> bool:
+        """Each push is of what was read last."""
+        return False
+
     def check(self, num_workers: int) -> None:
         """Refuse speeds that are not one a worker."""
-        if self.speeds is not None and len(self.speeds) != num_workers:
-            raise ValueError(
-                f"speeds must be one for each of the {num_workers} workers, got {len(self.speeds)}"
-            )
+        _check_speeds(self.speeds, num_workers)
 
     def num_steps(self, worker: int) -> int:
         """Return the steps that its speed allows ``worker``."""
-        if self.speeds is None:
-            return self.steps
-        share = self.steps * self.speeds[worker] / max(self.speeds)
-        return max(1, math.floor(share + 1e-9))  # 100 * 0.29 is 28.999999999999996
+        return _steps_at(self.steps, self.speeds, worker)
+
+
+def _check_speeds(speeds: tuple[float, ...] | None, num_workers: int) -> None:
+    if speeds is not None and len(speeds) != num_workers:
+        raise ValueError(
+            f"speeds must be one for each of the {num_workers} workers, got {len(speeds)}"
+        )
+
+
+def _steps_at(steps: int, speeds: tuple[float, ...] | None, worker: int) -> int:
+    """Return how many of ``steps`` the speed of ``worker`` allows."""
+    if speeds is None:
+        return steps
+    share = steps * speeds[worker] / max(speeds)
+    return max(1, math.floor(share + 1e-9))  # 100 * 0.29 is 28.999999999999996
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,26 +193,78 @@ class LocalAdamW(_Steps):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Downpour(_Steps):
-    """Takes steps of SGD, and pushes the sum of their gradients.
+class Downpour:
+    """Takes steps of SGD, pushes the sum of their gradients, and fetches parameters less often.
 
-    The paper's worker pushes every n_push steps and fetches every n_fetch. A push is answered by a
-    read here, so both are ``steps``. Its servers run AdaGrad; with SGD of the steps' own lr a
-    single worker's push leads the server where the worker is.
+    With push=2 and fetch=6, a worker's own parameters x:
 
-    Source: Dean et al., "Large Scale Distributed Deep Networks", NIPS 2012.
+        fetch w                                                      fetch w
+        x ← w  step step push   step step push   step step push      x ← w  step step push …
+
+    These are the paper's n_push and n_fetch; there both are 1. A push is answered here, and only
+    every third answer is taken over, so fetch must be a multiple of push. Staleness counts from the
+    fetch: what a worker has pushed since is in its own x, but what others have is not. The servers
+    of the paper run AdaGrad; with SGD of the steps' own lr a single worker's pushes lead the server
+    where the worker is, whenever it fetches.
+
+    Source: Dean et al., "Large Scale Distributed Deep Networks", NIPS 2012, algorithm 7.1.
     """
+
+    push: int = 10
+    """Steps to each push, 1 or more; of the fastest worker, if they differ."""
+
+    fetch: int | None = None
+    """Steps to each fetch of the parameters, a multiple of ``push``; None: with every push."""
+
+    speeds: tuple[float, ...] | None = None
+    """Steps a second of each worker, as those of the other local steps: a slow one takes fewer to
+    each push, and fetches with as many pushes as the others. None: every worker takes ``push``."""
 
     lr: float = 0.01
     """Learning rate of the worker's steps, above 0; the server has its own."""
 
     def __post_init__(self) -> None:
-        _Steps.__post_init__(self)
+        if self.push < 1:
+            raise ValueError(f"push must be 1 step or more, got {self.push}")
+        if self.fetch is not None and (self.fetch < 1 or self.fetch % self.push):
+            raise ValueError(
+                f"fetch must be a multiple of push, {self.push}, got {self.fetch}: a worker "
+                "fetches with the answer to a push"
+            )
+        for worker, speed in enumerate(self.speeds or ()):
+            check_above_0(f"the speed of worker {worker}", speed)
         check_above_0("lr", self.lr)
 
+    @property
+    def num_kept(self) -> int:
+        """The worker's parameters, where it goes on with them after a push."""
+        return int(self.keeps_reads)
+
+    @property
+    def as_it_is(self) -> bool:
+        """Like a gradient, it may be scaled and averaged."""
+        return False
+
+    @property
+    def keeps_reads(self) -> bool:
+        """Several pushes may be of one read."""
+        return self._pushes_a_fetch > 1
+
+    def check(self, num_workers: int) -> None:
+        """Refuse speeds that are not one a worker."""
+        _check_speeds(self.speeds, num_workers)
+
+    def num_steps(self, worker: int) -> int:
+        """Return the steps to a push that its speed allows ``worker``."""
+        return _steps_at(self.push, self.speeds, worker)
+
     def build(self) -> Own:
-        """Make the worker's own parameters."""
-        return Accrued(self.lr)
+        """Make a worker's own parameters."""
+        return Accrued(self.lr, self._pushes_a_fetch)
+
+    @property
+    def _pushes_a_fetch(self) -> int:
+        return 1 if self.fetch is None else self.fetch // self.push
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,6 +126,7 @@ def train(
             norm=done.norm,
             samples=done.steps * batches.batch_size,
             layer=done.layer,
+            keeps=done.keeps,
         )
         steps = steps_of(local, client.worker, client.clock + 1)
         # While the shard works, unless what is to be read depends on what comes of it.

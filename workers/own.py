@@ -1,7 +1,7 @@
 """A worker's own parameters: what it does with them between a read and a push.
 
     Travelled   starts anew at each read; pushes how far its optimizer's steps led
-    Accrued     starts anew at each read; pushes the sum of its steps' gradients
+    Accrued     starts anew at a read, not at each; pushes the sum of its steps' gradients
     Tethered    goes on from where it was; pushes the force that draws it back
 
 `workers.local` says what each is for.
@@ -29,6 +29,10 @@ class Own(Protocol):
     After a gradient that is not finite there is no `end`, and the next `begin` follows.
     """
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the next `begin` will not look at what is read, as of the last `end`."""
+
     def begin(self, read: Sequence[Tensor], x: Sequence[Tensor]) -> None:
         """Write where the first gradient is to be computed.
 
@@ -50,6 +54,8 @@ class Travelled:
     It is ``w - x``, not ``x - w``: a server whose SGD has lr=1 ends where the worker did, up to the
     rounding of ``w - (w - x)``, which is none where no element was more than halved or doubled.
     """
+
+    keeps = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         """Step as ``optimizer`` does; what it remembers it keeps for the worker's life."""
@@ -82,17 +88,30 @@ class Travelled:
 
 
 class Accrued:
-    """Plain SGD steps from what was read; the sum of their gradients is pushed. An `Own`."""
+    """Plain SGD steps from what was read; the sum of their gradients is pushed. An `Own`.
 
-    def __init__(self, lr: float) -> None:
-        """Take steps of learning rate ``lr``."""
-        self._lr = lr
+    It starts where it was after all but one of so many pushes.
+    """
+
+    def __init__(self, lr: float, pushes_a_fetch: int = 1) -> None:
+        """Take steps of learning rate ``lr``, and take over what is read after that many pushes."""
+        self._lr, self._pushes_a_fetch = lr, pushes_a_fetch
+        self._num_pushes = 0  # since the read that was taken over
+        self._kept: list[Tensor] = []
         self._x: Sequence[Tensor] = ()
         self._sum: list[Tensor] = []
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it goes on where it is."""
+        return len(self._kept) > 0
+
     def begin(self, read: Sequence[Tensor], x: Sequence[Tensor]) -> None:
-        """Start at what was read, with a sum of 0."""
-        torch._foreach_copy_(list(x), list(read))
+        """Start at what was read, or where it was, with a sum of 0."""
+        if not self._kept:
+            self._num_pushes = 0
+        torch._foreach_copy_(list(x), self._kept or list(read))
+        self._kept = []
         self._x, self._sum = x, [torch.zeros_like(vector) for vector in x]
 
     def step(self, grads: Sequence[Tensor]) -> None:
@@ -104,6 +123,9 @@ class Accrued:
     def end(self, out: Sequence[Tensor]) -> None:
         """Write the sum."""
         torch._foreach_copy_(list(out), self._sum)
+        self._num_pushes += 1
+        if self._num_pushes < self._pushes_a_fetch:
+            self._kept = [vector.clone() for vector in self._x]
         self._x, self._sum = (), []
 
 
@@ -117,6 +139,8 @@ class Tethered:
         x ← x + v                                  each step; the first takes off e as well
         push -e                                    after the last
     """
+
+    keeps = False
 
     def __init__(self, lr: float, alpha: float, momentum: float) -> None:
         """Step by ``lr`` and ``momentum``, drawn with strength ``alpha``."""
@@ -222,4 +246,10 @@ class Work:
         own.end(self._slots)
         loss, norm = total / len(steps), self._bound.gradient_norm()
         layer = "" if math.isfinite(norm) else self._bound.nonfinite_layer()
-        return Estimated(loss, norm if math.isfinite(norm) else math.nan, layer, steps=len(steps))
+        return Estimated(
+            loss,
+            norm if math.isfinite(norm) else math.nan,
+            layer,
+            steps=len(steps),
+            keeps=own.keeps,
+        )

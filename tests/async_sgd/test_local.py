@@ -37,7 +37,7 @@ from workers.task import Batch, Data, Task, TensorExamples, build_model
 from workers.tasks import task
 
 DIGITS = task("digits:hidden=8")
-LAWS = ("sgd:steps=3,lr=0.05", "adamw:steps=3,lr=0.01", "downpour:steps=3,lr=0.05",
+LAWS = ("sgd:steps=3,lr=0.05", "adamw:steps=3,lr=0.01", "downpour:push=3,lr=0.05",
         "elastic:steps=3,lr=0.05,alpha=0.2,momentum=0.5")  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def test_the_record_says_which_steps_were_taken(tmp_path: Path) -> None:
             "asp",
             "adamw:steps=5,lr=0.003,speeds=1/1/0.3",
         ),
-        ("adagrad:lr=0.05", "asp", "downpour:steps=5,lr=0.1"),
+        ("adagrad:lr=0.05", "asp", "downpour:push=5,lr=0.1"),
         ("sgd:lr=1", "asp", "elastic:steps=5,lr=0.1,alpha=0.3"),
     ],
 )

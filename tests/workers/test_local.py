@@ -108,7 +108,7 @@ def test_a_downpour_is_the_sum_of_the_gradients_on_the_way() -> None:
         seen.append(bowl(x))
         return seen[-1]
 
-    total = pushed(Downpour(steps=3, lr=0.5).build(), read, 3, gradient)
+    total = pushed(Downpour(push=3, lr=0.5).build(), read, 3, gradient)
 
     assert torch.equal(total, seen[0] + seen[1] + seen[2])
     torch.testing.assert_close(
@@ -186,7 +186,8 @@ def test_a_gradient_that_stopped_a_worker_leaves_nothing_behind(name: str) -> No
         ("adamw:betas=0.9/1", r"betas\[1\] must be 0 or more and below 1"),
         ("adamw:steps=-1", "steps must be 1 or more"),
         ("downpour:lr=-1", "lr must be above 0"),
-        ("downpour:fetch=3", "has no key 'fetch'"),
+        ("downpour:fetch=3", "fetch must be a multiple of push, 10, got 3: a worker fetches"),
+        ("downpour:push=0", "push must be 1 step or more, got 0"),
         ("elastic:alpha=0", "alpha must be above 0"),
         ("elastic:alpha=1.5", "alpha must be 0 or more and below 1"),
         ("elastic:momentum=1", "momentum must be 0 or more and below 1"),
@@ -212,3 +213,33 @@ def test_what_is_kept_is_counted() -> None:
     names = ("sgd", "sgd:momentum=0.9", "adamw", "downpour", "elastic", "elastic:momentum=0.9")
 
     assert [LOCALS.parse(name).num_kept for name in names] == [0, 1, 2, 0, 1, 2]
+    assert LOCALS.parse("downpour:push=2,fetch=4").num_kept == 1
+    assert LOCALS.parse("downpour:push=2,fetch=2").num_kept == 0
+
+
+def test_a_downpour_goes_on_where_it_is_until_it_fetches() -> None:
+    own, lr = Downpour(push=2, fetch=6, lr=0.5).build(), 0.5
+    x = vector(1.0, -2.0, 3.0)
+
+    for push in range(6):
+        read = vector(10.0, 20.0, float(push))  # is looked at by pushes 0 and 3
+        if push % 3 == 0:
+            x = read.clone()
+        total = pushed(own, read, 2, bowl)
+
+        grads = []
+        for _ in range(2):
+            grads.append(bowl(x))
+            x = x - lr * grads[-1]
+        assert torch.equal(total, grads[0] + grads[1])
+        assert own.keeps == (push % 3 != 2)
+
+
+def test_a_downpour_fetches_after_a_gradient_that_was_not_finite() -> None:
+    own, read = Downpour(push=1, fetch=3, lr=0.5).build(), vector(1.0, -2.0, 3.0)
+    pushed(own, read, 1, bowl)
+    own.begin(read.split(2), torch.empty(3, dtype=DOUBLE).split(2))  # and no end follows
+
+    again = pushed(own, read, 1, bowl)
+
+    assert torch.equal(again, bowl(read))

@@ -224,7 +224,7 @@ def test_a_forward_gradient_that_is_not_finite_names_its_layer() -> None:
         (LocalSGD(steps=3, lr=0.1), SGD(lr=1.0), SGD(lr=0.1)),
         (LocalSGD(steps=2, lr=0.1, momentum=0.9), SGD(lr=1.0), Momentum(lr=0.1, momentum=0.9)),
         (LocalAdamW(steps=3, lr=0.01), SGD(lr=1.0), AdamW(lr=0.01)),
-        (Downpour(steps=3, lr=0.1), SGD(lr=0.1), SGD(lr=0.1)),
+        (Downpour(push=3, lr=0.1), SGD(lr=0.1), SGD(lr=0.1)),
     ],
     ids=["one step", "sgd", "momentum", "adamw", "downpour"],
 )
