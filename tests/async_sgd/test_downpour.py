@@ -137,7 +137,7 @@ def test_a_rule_that_counts_on_a_new_read_is_refused(rule: RuleSpec) -> None:
 
     with pytest.raises(
         ValueError,
-        match=rf"^local downpour pushes several times of one read, and rule {name} count",
+        match=rf"^local downpour pushes several times of one read, and rule {name}",
     ):
         Simulator(DIGITS, SGD(lr=0.1), local=Downpour(push=2, fetch=6), rule=rule)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from async_sgd.compensation import COMPENSATIONS, FASGD
 from async_sgd.replay import Replay
-from async_sgd.rules import BSP, SSP
+from async_sgd.rules import BSP, RULES, SSP
 from async_sgd.trainer import AsyncTrainer
 from paramserver.averaging import AllIterates
 from paramserver.checkpoint import load_checkpoint
@@ -364,3 +364,32 @@ def test_local_steps_of_real_workers_replay_and_resume_bit_for_bit(tmp_path: Pat
     ledger = Ledger.load(tmp_path / "both" / "updates.npz").columns()
     steps = {w: set(ledger["samples"][ledger["worker"] == w] // 32) for w in range(2)}
     assert steps == {0: {4}, 1: {2}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("rule", "local"),
+    [
+        ("ringmaster:limit=1,cancel=true", None),
+        ("k-of-n:k=2,cancel=true", None),
+        ("ringleader", None),
+        ("asp", "downpour:push=2,fetch=6,lr=0.05"),
+    ],
+)
+def test_what_real_workers_do_is_replayed_bit_for_bit(
+    tmp_path: Path, rule: str, local: str | None
+) -> None:
+    result = AsyncTrainer(
+        task("digits"),
+        OPTIMIZERS.parse("momentum:lr=0.02"),
+        RunConfig(workers=3, updates=150, evaluate_every_s=0, out=tmp_path / "run"),
+        rule=RULES.parse(rule),
+        local=None if local is None else LOCALS.parse(local),
+        measure=("cosine", "step"),
+        shards=2,
+    ).fit()
+
+    assert Replay(tmp_path / "run").run().distance == 0.0
+    assert result.record["conservation"]["holds"]
+    assert ("cancelled" in result.record) == ("cancel" in rule)
+    assert result.record.get("cancelled", 1) > 0
