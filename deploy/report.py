@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from deploy import curves, page, plots
-from deploy.progress import TRAIN_SAMPLE
 from deploy.outcome import measure
+from deploy.progress import TRAIN_SAMPLE
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
 from paramserver.measures import MEASURES

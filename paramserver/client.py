@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -106,7 +106,8 @@ class Client:
         """Do the first half of `push`: send. Until `end_push` neither slots nor reading are valid.
 
         The shard works meanwhile, and the worker can get its next batch ready. With ``keeps`` the
-        worker will not take over what it reads then: its next push is of the same read as this one.
+        worker will not take over what it reads then: its next push is of the same read as this one,
+        whose version `end_push` returns once more.
         """
         self._seq += 1
         self._push = Message(
@@ -120,8 +121,9 @@ class Client:
         """Do the second half of `push`: wait for the answer."""
         answer = self._answer(self._seq)
         self.clock = self._push.clock
-        if self._push.step:
+        if self._push.step and isinstance(answer, Reading):
             self._version = self._push.read_version
+            return replace(answer, version=self._version)
         return answer
 
     def newer_read(self) -> Reading | None:

@@ -45,7 +45,7 @@ def flat_gradient(learning: Learning, x: Tensor, worker: int, step: int) -> Tens
     """Return the gradient at ``x`` of one step's batch, computed in the ordinary way."""
     model = build_model(learning.task, learning.seed).train()
     learning.layout.load(model, x)
-    learning.task.loss(model, learning.samples().batch([Step(worker, step)])).backward()
+    learning.task.loss(model, learning.samples().batch([Step(worker, step, 0)])).backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     flat = torch.zeros_like(x)
     for slot, view in zip(learning.layout.slots, learning.layout.views(flat), strict=True):
