@@ -377,8 +377,8 @@ def test_a_users_module_that_does_not_import_shows_where(
         (
             "train --rule spp",
             "--rule: there is no rule 'spp'; did you mean 'ssp'? "
-            "(there are asp, bounded, bsp, fedbuff, k-of-n, pieces, rennala, ringleader, ringmaster, "
-            "softsync, ssp, sync-switch)",
+            "(there are asp, bounded, bsp, fedbuff, k-of-n, pieces, rennala, ringleader, "
+            "ringmaster, softsync, ssp, sync-switch)",
         ),
         (
             "train --rule ssp:slack=1",
