@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -24,6 +24,7 @@ class Evaluations:
         with_train: bool,
         timeout_s: float,
         lost: Callable[[str], None],
+        options: Callable[[], Mapping[str, Any]],
     ) -> None:
         """Describe the process; `start` makes it.
 
@@ -34,9 +35,11 @@ class Evaluations:
             with_train: Whether to evaluate on training samples, too.
             timeout_s: Seconds an answer may take.
             lost: Counts the loss of a process; it may raise.
+            options: Return what Ray is to give the process.
         """
         self._task, self._seed, self._servers = task, seed, servers
         self._with_train, self._timeout_s, self._lost = with_train, timeout_s, lost
+        self._options = options
         self.actor: Any = None
         """The evaluator; None before `start`."""
         self._under_way: Any = None  # its evaluate() call
@@ -44,7 +47,7 @@ class Evaluations:
 
     def start(self) -> None:
         """Start the process; `connect` once it and the shards are ready."""
-        self.actor = EvaluatorActor.options(num_cpus=0).remote(
+        self.actor = EvaluatorActor.options(**self._options()).remote(
             self._task, self._seed, 1, self._with_train
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from paramserver.measures import summary
 from paramserver.shard import Saved
 from workers.actor import Servers, WorkerActor
 from workers.loop import Finished
+from workers.reservation import Places
 from workers.run import Run
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,9 @@ class Fleet:
             "samples": int(extra.get("samples", 0)),
         }
         self._has_failed = False
+        self._places = Places(
+            self._config, servers=len(plan.cuts), workers=self._config.workers, one_node=True
+        )
         self._task_ref, self._course_ref = ray.put(plan.task), ray.put(plan.course)
         self._measures: dict[str, Any] = {}  # of the pushes up to the last checkpoint
         self._evaluations = Evaluations(
@@ -86,14 +89,13 @@ class Fleet:
             with_train=self._config.evaluates_train,
             timeout_s=self._config.call_timeout_s,
             lost=self._lost,
+            options=self._places.beside_first,
         )
-        cores = len(os.sched_getaffinity(0))
-        self._threads = self._config.threads or max(1, cores // self._config.workers)
+        self._threads = self._config.worker_threads
 
     def start(self) -> None:
         """Start every process, all at once, and let the workers go."""
-        if self._config.address is not None:
-            self._check_resources()
+        self._places.take()
         for shard in range(len(self._cuts)):
             self._start_shard(shard)
         self._evaluations.start()
@@ -160,16 +162,16 @@ class Fleet:
         for actor in (*self._workers.values(), *self._shards, self._evaluations.actor):
             if actor is not None:
                 ray.kill(actor)
+        self._places.free()
 
     def _start_shard(self, index: int) -> None:
         config = self._plan.shard(index, self._addresses[index], self._token, self._start)
         cut = self._cuts[index]
         params = self._start.params[cut.start : cut.stop].numpy()
-        self._shards.append(ShardActor.options(num_cpus=0).remote(config, params))
+        self._shards.append(ShardActor.options(**self._places.server(index)).remote(config, params))
 
     def _spawn(self, worker: int) -> None:
-        cpus = 1 if self._config.address is not None else 0
-        self._workers[worker] = WorkerActor.options(num_cpus=cpus).remote(
+        self._workers[worker] = WorkerActor.options(**self._places.worker(worker)).remote(
             self._task_ref, self._config.seed, self._threads
         )
 
@@ -340,11 +342,3 @@ class Fleet:
                 f"resume={self._run.folder.path}",
                 str(self._run.folder.path),
             ) from error
-
-    def _check_resources(self) -> None:
-        wanted, there = self._config.workers, ray.cluster_resources().get("CPU", 0)
-        if wanted > there:
-            raise ResourceError(
-                f"{wanted} workers need {wanted} CPUs and the cluster at {self._config.address} "
-                f"has {there:g}: use fewer workers or add nodes"
-            )

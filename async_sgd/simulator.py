@@ -36,6 +36,7 @@ from paramserver.standing import Standing
 from workers.config import RunConfig
 from workers.examiner import Examiner
 from workers.local import Local
+from workers.placement import Placement
 from workers.run import Run
 from workers.task import Task, build_model
 from workers.threads import torch_threads
@@ -48,7 +49,8 @@ _LOOK_AFTER = 5000
 """Events after which the caller is told where the run stands."""
 
 REAL_ONLY = (
-    "address", "resume", "threads", "checkpoint_every_s", "wait_timeout_s", "call_timeout_s",
+    *Placement.__dataclass_fields__,
+    "resume", "threads", "checkpoint_every_s", "wait_timeout_s", "call_timeout_s",
     "max_failures",
 )  # fmt: skip
 """Fields of the configuration that concern processes: in a simulated run they say nothing."""

@@ -1,12 +1,18 @@
-"""`paramserver train`: joins a task, an optimizer and a mode into a run, and shows how it went."""
+"""`paramserver train`: joins a task, an optimizer and a mode into a run, and shows how it went.
+
+Also the script of `ray submit deploy/cluster.yaml deploy/train.py -- FLAGS`, on a cluster's head.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from deploy.flags import Flags, Parser
+from deploy.launch import check_folders, defaults, ended_in_order
 from deploy.running import DEFAULT_EPOCHS, PLUGINS, RunFlags, Tell, Trainer, make_run
 from paramserver.compensation import Compensation
 from paramserver.measures import measures_of
@@ -22,6 +28,7 @@ _ONLY_IN: Mapping[str, Literal["async", "sync"]] = {
     "shards": "async",
     "reduce": "sync",
     "collective": "sync",
+    "network_interface": "sync",
 }
 
 
@@ -63,6 +70,10 @@ class TrainFlags(RunFlags):
     collective: Literal["auto", "shared_memory", "gloo"] | None = None
     """What carries gradients between workers; sync only, where it is auto unless given."""
 
+    network_interface: str | None = None
+    """Network interface of each node that gloo is to use, such as ``eth0``; sync only, where it is
+    $GLOO_SOCKET_IFNAME, else the one whose address Ray knows the node by."""
+
     def __post_init__(self) -> None:
         RunFlags.__post_init__(self)
         for name, mode in _ONLY_IN.items():
@@ -94,10 +105,27 @@ def run(argv: Sequence[str]) -> int:
         "  paramserver train --local adamw:steps=20 --optimizer nesterov:lr=0.7 --rule bsp\n"
         "  paramserver train --task mymodule:my_task --config run.toml",
     )
-    flags = Flags(TrainFlags, PLUGINS).parse(argv, parser)
+    flags = Flags(TrainFlags, PLUGINS).parse(argv, parser, defaults)
+    check_folders(flags.out, flags.resume)
     workers = f"{flags.workers} worker{'s' if flags.workers > 1 else ''}"
     starting = f"{flags.title(flags.mode)}: starting {workers} …"
-    return make_run(starting, lambda progress: trainer(flags, progress))
+    with ended_in_order():
+        return make_run(starting, lambda progress: trainer(flags, _told(flags, progress)))
+
+
+def _told(flags: TrainFlags, progress: Tell) -> Tell:
+    """Return what shows a run: a person at home, a person and a cluster's metrics elsewhere."""
+    if flags.address is None:
+        return progress
+    from deploy.metrics import Metrics  # noqa: PLC0415  # Ray takes a second
+
+    metrics = Metrics(flags.mode)
+
+    def both(status: Mapping[str, Any]) -> None:
+        progress(status)
+        metrics(status)
+
+    return both
 
 
 def trainer(flags: TrainFlags, progress: Tell) -> Trainer:
@@ -111,3 +139,10 @@ def trainer(flags: TrainFlags, progress: Tell) -> Trainer:
     from async_sgd.trainer import AsyncTrainer  # noqa: PLC0415
 
     return AsyncTrainer(what, flags.optimizer, config, progress=progress, **mine)
+
+
+if __name__ == "__main__":
+    from deploy.main import main
+
+    os.environ.setdefault("RAY_ADDRESS", "auto")  # of the cluster whose head this is
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -24,6 +24,8 @@ class Standing:
         applied = new[new["dropped"] == 0]
         recent: dict[str, Any] = {}
         if len(applied):
+            values, counts = np.unique(applied["staleness"], return_counts=True)
+            recent["staleness"] = dict(zip(values.tolist(), counts.tolist(), strict=True))
             recent["staleness_mean"] = float(np.mean(applied["staleness"]))
             recent["staleness_max"] = int(np.max(applied["staleness"]))
         losses = applied["loss"][~np.isnan(applied["loss"])]  # a product has none
@@ -36,6 +38,7 @@ class Standing:
             "seconds": now,
             "live": s.live(),
             "waiting": {w: (sorted(o), t) for w, (o, t) in s.waiting(now).items()},
+            "waited_s": sum(wait.seconds for wait in s.waits.values()),
             "dropped": s.ledger.drop_reasons(),
             "ended": s.ended,
             "error": s.error,

@@ -16,6 +16,7 @@ from paramserver.rounds import build_program
 from sync import gloo, shared
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position
+from sync.interfaces import interface_ip
 from sync.rounds import RoundTrainee
 from sync.worker import Finished, Plan, Trainee
 from workers.actor import keep_freed_memory
@@ -39,6 +40,15 @@ class Group:
     """Lets a rank in; every group has its own."""
     timeout_s: float
     """Seconds a rank waits for the others, in every step."""
+    network_interface: str | None
+    """Of each node, that gloo is to use; None takes the address Ray knows the node by."""
+
+    @property
+    def ip(self) -> str:
+        """Address of this node that the other ranks reach."""
+        if self.network_interface is None:
+            return str(ray.util.get_node_ip_address())
+        return interface_ip(self.network_interface)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +77,14 @@ class Rank:
     def _examples(self) -> Examples:
         return build_data(self._task).train
 
-    def node(self) -> str:
-        """Load the data; return the id of the node this process is on."""
+    def node(self, network_interface: str | None) -> str:
+        """Load the data; return the id of the node this process is on.
+
+        Raises:
+            ResourceError: The node has no such ``network_interface``.
+        """
+        if network_interface is not None:
+            interface_ip(network_interface)
         _ = self._examples
         return str(ray.get_runtime_context().get_node_id())
 
@@ -79,9 +95,7 @@ class Rank:
         if rank > 0:
             return ""
         self._host = (
-            shared.Host()
-            if group.kind == "shared_memory"
-            else gloo.Host(ray.util.get_node_ip_address(), group.timeout_s)
+            shared.Host() if group.kind == "shared_memory" else gloo.Host(group.ip, group.timeout_s)
         )
         return self._host.address
 
@@ -161,7 +175,7 @@ class Rank:
             group.layout,
             group.world,
             group.token,
-            ray.util.get_node_ip_address(),
+            group.ip,
             group.timeout_s,
         )
 

@@ -26,6 +26,7 @@ from sync.desk import Part, Position
 from sync.worker import Finished, Plan
 from workers.examiner import Examined, Keep
 from workers.packing import Packed, pack
+from workers.reservation import Places
 from workers.task import Task
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class Crew:
         with_train: bool,
         world: int,
         threads: int,
-        cpus: float,
+        places: Places,
+        network_interface: str | None,
         wait_timeout_s: float,
         call_timeout_s: float,
     ) -> None:
@@ -71,13 +73,15 @@ class Crew:
             with_train: Whether to evaluate on training samples, too.
             world: Ranks.
             threads: torch threads in each.
-            cpus: What each asks of Ray.
+            places: Where they go; `close` gives them back.
+            network_interface: Of each node, that gloo is to use; None takes Ray's.
             wait_timeout_s: Seconds a rank waits for others.
             call_timeout_s: Seconds an answer of a process may take.
         """
         self._task, self._seed, self._world = ray.put(task), seed, world
         self._with_train = with_train
-        self._threads, self._cpus = threads, cpus
+        self._threads, self._places = threads, places
+        self._network_interface = network_interface
         self._wait_timeout_s, self._call_timeout_s = wait_timeout_s, call_timeout_s
         self.kind: Kind = "shared_memory"
         """What carries gradients between the ranks."""
@@ -94,13 +98,18 @@ class Crew:
         """Start every process, all at once, and choose what carries gradients.
 
         Raises:
-            ResourceError: The ranks are not on one node and are to share memory.
+            ResourceError: The cluster has no place for them, or the ranks are not on one node and
+                are to share memory, or a node has no such network interface.
             ServerTimeoutError: They did not start in time.
         """
+        self._places.take()
         self._spawn_evaluator()
         for rank in range(self._world):
             self._spawn(rank)
-        nodes = self._get([rank.node.remote() for rank in self._ranks.values()], "starting ranks")
+        nodes = self._get(
+            [rank.node.remote(self._network_interface) for rank in self._ranks.values()],
+            "starting ranks",
+        )
         self._get([self._evaluator.ready.remote()], "starting the evaluator")
         num_nodes = len(set(nodes))
         if collective == "shared_memory" and num_nodes > 1:
@@ -118,6 +127,7 @@ class Crew:
         for actor in (*self._ranks.values(), self._evaluator):
             if actor is not None:
                 ray.kill(actor)
+        self._places.free()
 
     def form(self, plan: Plan, start: Checkpoint, position: Position) -> None:
         """Form a group of all ranks and let it train from ``start``.
@@ -125,18 +135,25 @@ class Crew:
         Raises:
             RayActorError: A rank was lost meanwhile; `replace` it and try again.
             ServerTimeoutError: A rank did not answer.
+            ResourceError: A node was lost, and the others have no place for what was on it.
         """
+        self._places.wait()
         group = Group(
             kind=self.kind,
             layout=plan.layout,
             world=self._world,
             token=secrets.token_hex(16),
             timeout_s=self._wait_timeout_s,
+            network_interface=self._network_interface,
         )
         self._status, self._num_saves = None, 0
         self._runs, self._finished, self._errors = {}, {}, {}
         ready = [actor.prepare.remote(rank, group) for rank, actor in self._ranks.items()]
-        address = self._get(ready, "preparing the ranks")[0]
+        try:
+            address = self._get(ready, "preparing the ranks")[0]
+        except ServerTimeoutError:
+            self._places.wait()  # Ray learns late of a node that is lost
+            raise
         params = ray.put(pack(start.params))
         begin = ray.put(Start(position, start.state))
         self._runs = {
@@ -178,7 +195,7 @@ class Crew:
         gone = []
         for rank, actor in self._ranks.items():
             try:
-                self._get([actor.node.remote()], "looking for lost ranks")
+                self._get([actor.node.remote(None)], "looking for lost ranks")
             except ray.exceptions.RayActorError:
                 gone.append(rank)
         self.replace(gone)
@@ -294,10 +311,8 @@ class Crew:
 
     def _spawn(self, rank: int) -> None:
         # One call trains; a few others can be answered meanwhile.
-        options = {"num_cpus": self._cpus, "max_concurrency": 6}
-        self._ranks[rank] = RankActor.options(**options).remote(
-            self._task, self._seed, self._threads
-        )
+        options = RankActor.options(**self._places.worker(rank), max_concurrency=6)
+        self._ranks[rank] = options.remote(self._task, self._seed, self._threads)
 
     def _spawn_evaluator(self) -> None:
         self._evaluator = EvaluatorActor.options(num_cpus=0).remote(

@@ -69,6 +69,7 @@ class Status:
             "gradients": self.position.gradients,
             "samples": self.position.samples,
             "clock": self.position.clock,
+            "waited_s": sum(self.waited_s),
             "dropped": {"nonfinite": self.dropped} if self.dropped else {},
         }
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NoReturn, cast
@@ -48,6 +47,7 @@ from workers.curriculum import Course
 from workers.examiner import Examined
 from workers.packing import pack
 from workers.programs import check_config, check_samples
+from workers.reservation import Places
 from workers.run import Run
 from workers.session import ray_session
 from workers.task import Task, build_data, build_model
@@ -69,6 +69,7 @@ class SyncTrainer:
         *,
         reduce: Reduce = "mean",
         collective: Literal["auto", "shared_memory", "gloo"] = "auto",
+        network_interface: str | None = None,
         progress: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         """Describe a run; `fit` makes it.
@@ -82,6 +83,8 @@ class SyncTrainer:
                 that had read all batches; ``sum`` adds them.
             collective: What carries gradients between workers: ``shared_memory`` for workers on
                 one node, ``gloo`` for several; ``auto`` looks where they are.
+            network_interface: Network interface of each node that gloo is to use, such as
+                ``eth0``; None takes the one whose address Ray knows the node by.
             progress: Called with the state of the run a few times a second.
 
         Raises:
@@ -93,7 +96,12 @@ class SyncTrainer:
             raise ValueError(
                 f"collective must be 'auto', 'shared_memory' or 'gloo', got {collective!r}"
             )
+        if network_interface is not None and collective == "shared_memory":
+            raise ValueError("network_interface is for gloo, and collective is 'shared_memory'")
         self.config = config or RunConfig()
+        if asked := self.config.asked_of_servers:
+            raise ValueError(f"{asked[0]} is for shards, and synchronous mode has none")
+        self.network_interface = network_interface
         self.task, self.optimizer = self.config.with_validation(task), optimizer
         self.reduce: Reduce = reduce
         self.collective, self.progress = collective, progress
@@ -173,6 +181,7 @@ class SyncTrainer:
             "optimizer": OPTIMIZERS.describe(self.optimizer),
             "reduce": self.reduce,
             "collective": self.collective,
+            "network_interface": self.network_interface,
         }
 
 
@@ -183,14 +192,18 @@ class _Driver:
         self._t, self._config = trainer, trainer.config
         self._plan, self._run = plan, run
         self._latest = start  # what a group that is formed anew goes on from
-        cores = len(os.sched_getaffinity(0))
         self._crew = Crew(
             trainer.task,
             seed=self._config.seed,
             with_train=self._config.evaluates_train,
             world=self._config.workers,
-            threads=self._config.threads or max(1, cores // self._config.workers),
-            cpus=0 if self._config.address is None else 1,
+            threads=self._config.worker_threads,
+            places=Places(
+                self._config,
+                workers=self._config.workers,
+                one_node=trainer.collective == "shared_memory",
+            ),
+            network_interface=trainer.network_interface,
             wait_timeout_s=self._config.wait_timeout_s,
             call_timeout_s=self._config.call_timeout_s,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from workers.curriculum import Course, Pacing
 from workers.difficulty import Difficulty, Loss, places
 from workers.estimate import GradientMode
 from workers.holdout import held_out
+from workers.placement import Placement
 from workers.stopping import EarlyStopping
 from workers.task import Data, Task, is_minimised
 
@@ -23,7 +25,7 @@ _HELD_OUT = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
+class RunConfig(Placement):
     """Size, budget, seed and deadlines of a run; both trainers take the same one."""
 
     workers: int = 2
@@ -88,11 +90,9 @@ class RunConfig:
     resume: Path | None = None
     """Record to go on from; the run continues in that folder."""
 
-    address: str | None = None
-    """Ray cluster to join; None starts Ray on this machine for the time of the run."""
-
     threads: int | None = None
-    """torch threads in each worker; None divides the node's cores among its workers."""
+    """torch threads in each worker; None takes the CPUs it asks of a cluster, and at home its share
+    of the machine's cores."""
 
     wait_timeout_s: float = 60.0
     """Seconds a worker may wait for others before the run stops and says who waits for whom."""
@@ -104,6 +104,7 @@ class RunConfig:
     """Processes that may be lost and replaced before the run gives up."""
 
     def __post_init__(self) -> None:
+        Placement.__post_init__(self)
         for name in ("out", "resume"):
             if isinstance(folder := getattr(self, name), str):  # what people write, if not mypy
                 object.__setattr__(self, name, Path(folder))
@@ -152,6 +153,15 @@ class RunConfig:
             return None
         by = self.difficulty or Loss()
         return Course(self.curriculum, places(by, task, data, self.curriculum.order, self.seed))
+
+    @property
+    def worker_threads(self) -> int:
+        """How many torch threads each worker has."""
+        if self.threads is not None:
+            return self.threads
+        if self.address is not None:
+            return max(1, int(self.worker_cpus))
+        return max(1, len(os.sched_getaffinity(0)) // self.workers)
 
     @property
     def evaluates_train(self) -> bool:

@@ -68,6 +68,7 @@ class Run:
         self.num_failures = 0
         self._task, self._config, self._described = task, config, dict(described)
         self._layout = layout
+        self._gradient_bytes = layout.numel * layout.dtype.itemsize
         self._target = None if config.until is None else Target.parse(config.until)
         extra: Mapping[str, Any] = {} if resumed is None else resumed.extra
         self._seconds_before = float(extra.get("seconds", 0.0))
@@ -182,6 +183,8 @@ class Run:
                 {
                     **status,
                     **figures,
+                    "run": self.folder.path.name,
+                    "gradient_bytes": status["gradients"] * self._gradient_bytes,
                     "metrics": self._final,
                     "seconds": self.seconds,
                     "failures": self.num_failures,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +34,10 @@ def ray_session(address: str | None, num_processes: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    ends = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own there
     _start(address, num_processes)
+    if callable(ends) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ends)
     try:
         yield
     finally:
