@@ -167,9 +167,9 @@ def shortage(wanted: Sequence[Wanted], nodes: Sequence[Node], *, one_node: bool)
         parts = [f"Ray to place {', '.join(f'{w.count} {w.plural}' for w in wanted)}"]
     together = ", all on one node" if one_node and len(nodes) > 1 else ""
     named = dict.fromkeys(name for group in wanted for name in group.needs.resources)
-    free = [_free(name, nodes) for name in named]
-    num = f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}"
-    return f"{'; '.join(parts)}{together}; the cluster's {num} free: {', '.join(free)}"
+    free = " and ".join(_free(name, nodes) for name in named) or "nothing that was asked for"
+    have = "node has" if len(nodes) == 1 else f"{len(nodes)} nodes have"
+    return f"{'; '.join(parts)}{together}; the cluster's {have} {free} free"
 
 
 def _missing(wanted: Sequence[Wanted], nodes: Sequence[Node]) -> list[int]:
