@@ -32,7 +32,7 @@ _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 _TOOLS = ("unshare", "nsenter", "ip", "mount", "ssh", "ssh-keygen", "sshd", "rsync")
 _USER_DATABASE = ("root:x:0:0:root:/home/trainer:/bin/bash", "sshd:x:105:65534::/run/sshd:/bin/false")
 
-_SET_UP = """
+_SET_UP = r"""
 set -eu
 hostname {name}
 mount --make-rprivate /
@@ -54,7 +54,9 @@ done
 mkdir -p /home/trainer /run/sshd
 mount --bind /mnt/host/home /home/trainer
 for file in passwd hosts resolv.conf; do mount --bind /mnt/host/$file /etc/$file; done
-ln -s {python} /usr/local/bin/python3
+# Not a link: an interpreter looks for its library beside where it was called.
+printf '#!/bin/sh\nexec {python} "$@"\n' > /usr/local/bin/python3
+chmod +x /usr/local/bin/python3
 ln -s {rsync} /usr/local/bin/rsync
 touch /mnt/host/ready
 while ! ip addr show eth0 2>/dev/null | grep -q {address}; do sleep 0.05; done
@@ -223,7 +225,8 @@ def _prepare(host: Host, all_hosts: Sequence[Host], key: Path) -> None:
     # A package index is not reachable from here: packages are this environment's own.
     config = host.home / ".config" / "pip" / "pip.conf"
     config.parent.mkdir(parents=True)
-    config.write_text("[install]\nno-index = true\nno-deps = true\nno-build-isolation = true\n")
+    # (To pip, "no-build-isolation = false" is what `--no-build-isolation` says.)
+    config.write_text("[install]\nno-index = true\nno-deps = true\nno-build-isolation = false\n")
     venv = host.home / ".paramserver" / "venv"
     base = Path(sys.executable).resolve()
     subprocess.run([str(base), "-m", "venv", str(venv)], check=True)
