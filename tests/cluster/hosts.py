@@ -30,7 +30,10 @@ PROJECT = Path(__file__).resolve().parents[2]
 _NETWORK = "10.77.0"
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 _TOOLS = ("unshare", "nsenter", "ip", "mount", "ssh", "ssh-keygen", "sshd", "rsync")
-_USER_DATABASE = ("root:x:0:0:root:/home/trainer:/bin/bash", "sshd:x:105:65534::/run/sshd:/bin/false")
+_USER_DATABASE = (
+    "root:x:0:0:root:/home/trainer:/bin/bash",
+    "sshd:x:105:65534::/run/sshd:/bin/false",
+)
 
 _SET_UP = r"""
 set -eu
@@ -73,7 +76,7 @@ def why_not() -> str | None:
     if missing:
         return f"{', '.join(missing)} not installed (sshd is openssh-server's, ip is iproute2's)"
     command = ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "true"]
-    tried = subprocess.run(command, capture_output=True, text=True)
+    tried = subprocess.run(command, check=False, capture_output=True, text=True)
     if tried.returncode != 0:
         return f"namespaces are not allowed here: {tried.stderr.strip()}"
     return None
@@ -122,6 +125,7 @@ class Host:
         """Run ``command`` on the host in a shell; return how it went, stderr with stdout."""
         done = subprocess.run(
             self._entered(command, environment),
+            check=False,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -179,8 +183,7 @@ def hosts(count: int) -> Iterator[tuple[Host, list[Host]]]:
         root = Path(folder)
         laptop = Host("laptop", f"{_NETWORK}.1", root / "laptop")
         others = [
-            Host(f"host{i}", f"{_NETWORK}.{10 + i}", root / f"host{i}")
-            for i in range(1, count + 1)
+            Host(f"host{i}", f"{_NETWORK}.{10 + i}", root / f"host{i}") for i in range(1, count + 1)
         ]
         switch = _unshared(["--net"], "sleep infinity")
         try:
@@ -233,9 +236,8 @@ def _prepare(host: Host, all_hosts: Sequence[Host], key: Path) -> None:
     site = next((venv / "lib").glob("python*")) / "site-packages"
     (site / "borrowed.pth").write_text("\n".join(packages()) + "\n")
     _repoint(venv, host.home)
-    ray = Path(sys.executable).parent / "ray"
-    script = f"#!/home/trainer/.paramserver/venv/bin/python\n{ray.read_text().partition(chr(10))[2]}"
-    (venv / "bin" / "ray").write_text(script)
+    _, _, ray = (Path(sys.executable).parent / "ray").read_text().partition("\n")
+    (venv / "bin" / "ray").write_text(f"#!/home/trainer/.paramserver/venv/bin/python\n{ray}")
     (venv / "bin" / "ray").chmod(0o755)
 
 
