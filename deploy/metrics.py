@@ -1,7 +1,7 @@
 """A run's figures as metrics of its Ray cluster, which exports them for Prometheus.
 
 Ray calls them ``ray_paramserver_…``, with ``_total`` behind counters, and exports them every ten
-seconds on each node's metrics port. ``deploy/grafana.json`` is a dashboard of them.
+seconds on each node's metrics port. ``deploy/METRICS.md`` lists them, ``deploy/grafana.json`` is a dashboard.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ tests addressing, ssh, files and failures, not speed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.util
 import os
 import shlex
 import shutil
@@ -72,6 +74,8 @@ def why_not() -> str | None:
     """Say what keeps hosts from being made here; None if nothing does."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "namespaces with networks of their own need Linux and root"
+    if importlib.util.find_spec("hatchling") is None:
+        return "hatchling not installed: hosts build this project without a package index"
     missing = [tool for tool in _TOOLS if shutil.which(tool, path=_search_path()) is None]
     if missing:
         return f"{', '.join(missing)} not installed (sshd is openssh-server's, ip is iproute2's)"
@@ -199,6 +203,16 @@ def hosts(count: int) -> Iterator[tuple[Host, list[Host]]]:
                 host.stop()
             switch.kill()
             switch.wait()
+
+
+def processes_in(network: str) -> list[int]:
+    """Return the processes whose network namespace is ``network``, such as ``net:[4026531840]``."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/ns/net"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.readlink(link) == network:
+                found.append(int(link.parts[2]))
+    return found
 
 
 def _key(root: Path) -> Path:

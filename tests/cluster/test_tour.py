@@ -1,0 +1,229 @@
+"""A tour of `deploy/cluster.yaml` on three hosts: up, submit, exec, job submit, stop, down.
+
+What was typed and what came of it is kept as a transcript, in the file that ``$TRANSCRIPT`` names
+if it is set. Several minutes: the hosts share this machine's processors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.hosts import PROJECT, Host, hosts, processes_in, why_not
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.system,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+PLAIN = "--log-style pretty --log-color false"
+TRAINING = "--mode sync --workers 4 --epochs 25"
+ON_HEAD = "ssh -q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null host1"
+DASHBOARD = "http://127.0.0.1:8265"
+_NOISE = ("File Mount", " To ensure", "Loaded cached", "If you exper", "Fetched IP", "Shared conn")
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\t\w+ \S+ -- ")
+
+
+@dataclass
+class Tour:
+    """The laptop a person sits at, three hosts, and what was said so far."""
+
+    laptop: Host
+    head: Host
+    others: list[Host]
+    said: list[str] = field(default_factory=list)
+
+    def type(self, command: str, *, timeout_s: float = 200, fails: bool = False) -> str:
+        """Type ``command`` in the project's folder on the laptop; return what it prints."""
+        start = time.monotonic()
+        done = self.laptop.run(
+            f"cd project && {command}",
+            timeout_s=timeout_s,
+            RAY_AUTH_MODE="token",
+            RAY_API_SERVER_ADDRESS=DASHBOARD,
+        )
+        took_s = time.monotonic() - start
+        lines = [line.rstrip() for line in done.stdout.splitlines()]
+        told = [line for line in lines if line and not line.startswith(_NOISE)]
+        told = [line for line in told if not _STAMP.match(line)]
+        self.said += [f"laptop$ {command}", *told, f"[{took_s:.0f} s, exit {done.returncode}]", ""]
+        assert (done.returncode != 0) == fails, done.stdout
+        return done.stdout
+
+    def until(self, holds: Callable[[], bool], what: str, limit_s: float = 120) -> None:
+        """Wait until something ``holds``."""
+        deadline = time.monotonic() + limit_s
+        while not holds():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {limit_s:g} s for {what}")
+            time.sleep(0.5)
+
+    def result(self, host: Host, folder: str) -> dict[str, Any]:
+        """Return the record of a run in ``folder`` of a host's home."""
+        found: dict[str, Any] = json.loads((host.home / folder / "result.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def tour() -> Iterator[Tour]:
+    with hosts(3) as (laptop, (head, *others)):
+        project = laptop.home / "project"
+        left_out = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*cache", ".venv")
+        shutil.copytree(PROJECT, project, ignore=left_out)
+        file = project / "deploy" / "cluster.yaml"
+        text = file.read_text().replace("HEAD_HOST", head.name).replace("SSH_USER", "root")
+        names = ", ".join(host.name for host in others)
+        file.write_text(text.replace("WORKER_HOST_1, WORKER_HOST_2", names))
+        tour = Tour(laptop, head, others)
+        pids = [host.pid for host in (laptop, head, *others)]
+        networks = [os.readlink(f"/proc/{pid}/ns/net") for pid in pids]
+        try:
+            tour.type("ray get-auth-token --generate > /dev/null 2>&1")
+            tour.type(f"ray up -y {PLAIN} deploy/cluster.yaml > up.log 2>&1")
+            tour.until(lambda: "/6.0 CPU" in tour.head.run("ray status", **TOKEN).stdout, "hosts")
+            yield tour
+        finally:
+            if name := os.environ.get("TRANSCRIPT"):
+                Path(name).write_text("\n".join(tour.said))
+    assert not laptop.folder.parent.exists()
+    assert [pid for network in networks for pid in processes_in(network)] == []
+
+
+TOKEN = {"RAY_AUTH_MODE": "token"}
+
+
+def test_all_hosts_are_in_the_cluster(tour: Tour) -> None:
+    said = tour.type(f"ray exec {PLAIN} deploy/cluster.yaml 'ray status | grep CPU'")
+
+    assert "0.0/6.0 CPU" in said
+
+
+def test_a_script_is_submitted_and_learns_as_much_as_at_home(tour: Tour) -> None:
+    tour.type(f"python -m deploy train {TRAINING} --out ~/runs/home")
+    tour.type(
+        f"ray submit {PLAIN} deploy/cluster.yaml deploy/train.py -- {TRAINING} --out runs/submitted"
+    )
+
+    home, there = tour.result(tour.laptop, "runs/home"), tour.result(tour.head, "runs/submitted")
+    assert there["updates"] == home["updates"]
+    assert there["final"]["accuracy"] == pytest.approx(home["final"]["accuracy"], abs=0.006)
+    assert there["final"]["accuracy"] > 0.96
+
+
+@pytest.fixture(scope="module")
+def dashboard(tour: Tour) -> Iterator[None]:
+    log = tour.laptop.folder / "dashboard.log"
+    process = tour.laptop.begin("cd project && ray dashboard deploy/cluster.yaml", log, **TOKEN)
+    tour.said += ["laptop$ ray dashboard deploy/cluster.yaml &", ""]
+    answers = "(echo > /dev/tcp/127.0.0.1/8265)"
+    tour.until(lambda: tour.laptop.run(answers).returncode == 0, "the dashboard")
+    yield
+    process.terminate()
+    process.wait()
+
+
+def test_a_job_is_submitted_and_makes_the_same_run(tour: Tour, dashboard: None) -> None:
+    tour.type(
+        "ray job submit --working-dir . --submission-id first -- "
+        f"python -m deploy train {TRAINING} 2>&1"
+    )
+
+    job, there = tour.result(tour.head, "runs/first"), tour.result(tour.head, "runs/submitted")
+    assert job["final"] == pytest.approx(there["final"], abs=1e-3)
+
+
+def test_a_stopped_job_leaves_its_record_and_a_resubmitted_one_goes_on(
+    tour: Tour, dashboard: None
+) -> None:
+    training = "python -m deploy train --mode sync --workers 4 --checkpoint-every-s 2"
+    tour.type(
+        "ray job submit --no-wait --working-dir . --submission-id long -- "
+        f"{training} --updates 100000"
+    )
+    tour.until(lambda: _checkpoint(tour, "long").exists(), "a checkpoint")
+
+    tour.type("ray job stop long")
+
+    stopped = tour.result(tour.head, "runs/long")
+    assert stopped["stopped_because"] == "interrupted"
+    tour.type(
+        f"ray job submit --working-dir . -- {training} --updates {stopped['updates'] + 50} "
+        "--resume /home/trainer/runs/long 2>&1"
+    )
+    assert tour.result(tour.head, "runs/long")["updates"] == stopped["updates"] + 50
+
+
+def test_workers_end_with_a_killed_driver_and_the_run_goes_on_from_its_checkpoint(
+    tour: Tour,
+) -> None:
+    training = "--mode sync --workers 4 --checkpoint-every-s 2"
+    submit = f"ray submit {PLAIN} deploy/cluster.yaml deploy/train.py --"
+    command = f"cd project && {submit} {training} --updates 100000 --out runs/killed"
+    process = tour.laptop.begin(command, tour.laptop.folder / "killed.log", **TOKEN)
+    tour.until(lambda: _checkpoint(tour, "killed").exists(), "a checkpoint")
+    driver = "^python .*train.py .*runs/killed"
+
+    tour.head.run(f"pkill -KILL -f {driver!r}", check=True)
+
+    process.wait(60)
+    everywhere = [tour.head, *tour.others]
+    tour.until(lambda: not any(host.pids("^ray::Rank") for host in everywhere), "ranks to end")
+    assert not (tour.head.home / "runs/killed/result.json").exists()
+    tour.type(f"{submit} {training} --updates 400 --resume runs/killed")
+    assert tour.result(tour.head, "runs/killed")["updates"] >= 400
+
+
+def _checkpoint(tour: Tour, run: str) -> Path:
+    return tour.head.home / "runs" / run / "checkpoint" / "manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--workers 40 --resources-timeout-s 5",
+            "waited 5 s for 34 of 40 workers: each needs 1 CPU; the cluster's 3 nodes have "
+            "2 + 2 + 2 CPU free",
+        ),
+        ("--network-interface eth9", "has no network interface 'eth9' (it has lo, eth0)"),
+        ("--worker-labels role=none --resources-timeout-s 5", "on a node labelled role=none"),
+        ("--address 10.77.0.99:6379", "no Ray at 10.77.0.99:6379: "),
+    ],
+    ids=["too few nodes", "unknown interface", "unknown label", "unreachable address"],
+)
+def test_bad_input_is_one_clear_error(tour: Tour, flags: str, message: str) -> None:
+    said = tour.type(
+        f"ray submit {PLAIN} deploy/cluster.yaml deploy/train.py -- --mode sync {flags}",
+        fails=True,
+    )
+
+    (error,) = [line for line in said.splitlines() if line.startswith("paramserver: ")]
+    assert message in error
+
+
+def test_nobody_joins_without_the_token(tour: Tour) -> None:
+    asked = tour.laptop.run(
+        "cd project && python -m deploy train --address host1:6379 --mode sync",
+        RAY_AUTH_MODE="disabled",
+    )
+
+    assert asked.returncode == 1
+    assert "paramserver: no Ray at host1:6379" in asked.stdout
+
+
+def test_down_ends_every_process_of_ray(tour: Tour) -> None:
+    tour.type(f"ray down -y {PLAIN} deploy/cluster.yaml > down.log 2>&1")
+
+    everywhere = [tour.head, *tour.others]
+    tour.until(lambda: not any(host.pids("raylet|gcs_server") for host in everywhere), "Ray to end")
