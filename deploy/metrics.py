@@ -1,7 +1,8 @@
 """A run's figures as metrics of its Ray cluster, which exports them for Prometheus.
 
 Ray calls them ``ray_paramserver_…``, with ``_total`` behind counters, and exports them every ten
-seconds on each node's metrics port. ``deploy/METRICS.md`` lists them, ``deploy/grafana.json`` is a dashboard.
+seconds on each node's metrics port. ``deploy/METRICS.md`` lists them, ``deploy/grafana.json`` shows
+them.
 """
 
 from __future__ import annotations
