@@ -13,11 +13,14 @@ import torch
 from paramserver.checkpoint import OptimizerState, scatter_state
 from paramserver.layout import Layout
 from paramserver.rounds import build_program
-from sync import gloo, shared
+from sync import mesh, shared
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position
+from sync.gloo import Gloo
 from sync.interfaces import interface_ip
+from sync.nodes import meet
 from sync.rounds import RoundTrainee
+from sync.shared import SharedMemory
 from sync.worker import Finished, Plan, Trainee
 from workers.actor import keep_freed_memory
 from workers.examiner import Examined, Examiner, Keep
@@ -26,7 +29,8 @@ from workers.oracles import Oracle
 from workers.packing import Packed, pack, unpack
 from workers.task import Task, build_data, build_model
 
-Kind = Literal["shared_memory", "gloo"]
+Kind = Literal["shared_memory", "gloo", "nodes"]
+"""What carries gradients; ``nodes`` is shared memory within a node and gloo between nodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,8 @@ class Group:
     kind: Kind
     layout: Layout
     world: int
+    nodes: tuple[int, ...]
+    """The node of each rank."""
     token: str
     """Lets a rank in; every group has its own."""
     timeout_s: float
@@ -68,7 +74,7 @@ class Rank:
         keep_freed_memory()
         torch.set_num_threads(threads)
         self._task, self._seed = task, seed
-        self._host: shared.Host | gloo.Host | None = None
+        self._host: shared.Host | mesh.Host | None = None
         self._collective: Collective | None = None
         self._desk = Desk()
         self._told = self._desk.status
@@ -95,7 +101,7 @@ class Rank:
         if rank > 0:
             return ""
         self._host = (
-            shared.Host() if group.kind == "shared_memory" else gloo.Host(group.ip, group.timeout_s)
+            shared.Host() if group.kind == "shared_memory" else mesh.Host(group.ip, group.timeout_s)
         )
         return self._host.address
 
@@ -162,22 +168,29 @@ class Rank:
         return RoundTrainee(oracle, len(self._examples), collective, plan)
 
     def _join(self, rank: int, group: Group, address: str) -> Collective:
+        joined: SharedMemory | mesh.Mesh
         if rank == 0:
             assert self._host is not None, "a rank is prepared before it trains"
-            return self._host.form(group.layout, group.world, group.token, group.timeout_s)
-        if group.kind == "shared_memory":
-            return shared.join(
+            joined = self._host.form(group.layout, group.world, group.token, group.timeout_s)
+        elif group.kind == "shared_memory":
+            joined = shared.join(
                 address, rank, group.layout, group.world, group.token, group.timeout_s
             )
-        return gloo.join(
-            address,
-            rank,
-            group.layout,
-            group.world,
-            group.token,
-            group.ip,
-            group.timeout_s,
-        )
+        else:
+            joined = mesh.join(
+                address,
+                rank,
+                group.layout,
+                group.world,
+                group.token,
+                group.ip,
+                group.timeout_s,
+            )
+        if isinstance(joined, SharedMemory):
+            return joined
+        if group.kind == "gloo":
+            return Gloo(joined, group.layout)
+        return meet(joined, group.layout, group.nodes, group.token)
 
     def _leave(self) -> None:
         """Leave the group this process is in, if it is in one."""

@@ -6,7 +6,8 @@
 Each rank owns one slice of the parameters, and the state of the optimizer for that slice alone.
 Whatever has more rows than one is reduced a row at a time: write it to `grad`, exchange, reduce,
 publish. A second vector, for products with a matrix, is shared beside the parameters.
-`sync.shared` is the group of ranks on one machine, `sync.gloo` of ranks on several.
+`sync.shared` is the group of ranks on one machine, `sync.gloo` of ranks on several, `sync.nodes` of
+both.
 """
 
 from __future__ import annotations

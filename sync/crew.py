@@ -49,6 +49,16 @@ class Lost:
     """The highest version that the others know of."""
 
 
+def carrier(nodes: Sequence[int]) -> Kind:
+    """Return what carries gradients best between ranks, of which each is on one of ``nodes``."""
+    if not sys.platform.startswith("linux"):
+        return "gloo"
+    num_nodes = len(set(nodes))
+    if num_nodes == 1:
+        return "shared_memory"
+    return "gloo" if num_nodes == len(nodes) else "nodes"
+
+
 class Crew:
     """Ranks and an evaluator; used by the driver's one thread."""
 
@@ -85,6 +95,8 @@ class Crew:
         self._wait_timeout_s, self._call_timeout_s = wait_timeout_s, call_timeout_s
         self.kind: Kind = "shared_memory"
         """What carries gradients between the ranks."""
+        self._collective: Literal["auto", "shared_memory", "gloo"] = "auto"
+        self._nodes: tuple[int, ...] = ()  # of each rank
         self._ranks: dict[int, Any] = {}
         self._runs: dict[Any, int] = {}  # the train() call of each rank
         self._status: Any = None  # the status() call that is under way
@@ -106,21 +118,22 @@ class Crew:
         self._spawn_evaluator()
         for rank in range(self._world):
             self._spawn(rank)
-        nodes = self._get(
-            [rank.node.remote(self._network_interface) for rank in self._ranks.values()],
-            "starting ranks",
-        )
+        self._collective = collective
+        self._look_at_nodes("starting ranks")
         self._get([self._evaluator.ready.remote()], "starting the evaluator")
-        num_nodes = len(set(nodes))
-        if collective == "shared_memory" and num_nodes > 1:
+
+    def _look_at_nodes(self, doing: str) -> None:
+        """Look where the ranks are, and choose what carries gradients between them."""
+        interface = self._network_interface
+        ids = self._get([rank.node.remote(interface) for rank in self._ranks.values()], doing)
+        numbers = {node: number for number, node in enumerate(dict.fromkeys(ids))}
+        self._nodes = tuple(numbers[node] for node in ids)
+        if self._collective == "shared_memory" and len(numbers) > 1:
             raise ResourceError(
-                f"the workers are on {num_nodes} nodes, which share no memory: use "
-                "collective='gloo' or fewer workers"
+                f"the workers are on {len(numbers)} nodes, which share no memory: use "
+                "collective='auto' or fewer workers"
             )
-        if collective == "auto":
-            can_share = num_nodes == 1 and sys.platform.startswith("linux")
-            collective = "shared_memory" if can_share else "gloo"
-        self.kind = collective
+        self.kind = carrier(self._nodes) if self._collective == "auto" else self._collective
 
     def close(self) -> None:
         """End every process, whatever it does."""
@@ -138,10 +151,12 @@ class Crew:
             ResourceError: A node was lost, and the others have no place for what was on it.
         """
         self._places.wait()
+        self._look_at_nodes("looking where the ranks are")
         group = Group(
             kind=self.kind,
             layout=plan.layout,
             world=self._world,
+            nodes=self._nodes,
             token=secrets.token_hex(16),
             timeout_s=self._wait_timeout_s,
             network_interface=self._network_interface,

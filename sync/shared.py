@@ -54,10 +54,11 @@ class SharedMemory:
         self.cut = fair_cuts(layout, star.world)[star.rank]
         self._star, self._segment, self._layout = star, segment, layout
         self._step = 0
-        slots = segment.rows[1 : 1 + star.world]
+        self.slots = segment.rows[1 : 1 + star.world]
+        """The gradients of all ranks; each writes its own."""
         self.params: Tensor = segment.rows[0]
-        self.grad: Tensor = slots[self.rank]
-        self._slices = [slot[self.cut.start : self.cut.stop] for slot in slots]
+        self.grad: Tensor = self.slots[self.rank]
+        self._slices = [slot[self.cut.start : self.cut.stop] for slot in self.slots]
 
     @functools.cached_property
     def vector(self) -> Tensor:

@@ -82,7 +82,8 @@ class SyncTrainer:
             reduce: ``mean`` weights each worker's gradient by its samples, as one process would
                 that had read all batches; ``sum`` adds them.
             collective: What carries gradients between workers: ``shared_memory`` for workers on
-                one node, ``gloo`` for several; ``auto`` looks where they are.
+                one node, ``gloo`` for any; ``auto`` looks where they are, and takes memory within
+                a node and gloo between nodes.
             network_interface: Network interface of each node that gloo is to use, such as
                 ``eth0``; None takes the one whose address Ray knows the node by.
             progress: Called with the state of the run a few times a second.

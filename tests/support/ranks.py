@@ -7,15 +7,19 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from paramserver.layout import Layout
-from sync import gloo, shared
+from sync import mesh, shared
 from sync.collective import Collective
+from sync.gloo import Gloo
+from sync.nodes import meet
 
 T = TypeVar("T")
-Kind = Literal["shared_memory", "gloo"]
+Kind = Literal["shared_memory", "gloo", "nodes"]
 
-KINDS: tuple[Kind, ...] = ("shared_memory", "gloo")
+KINDS: tuple[Kind, ...] = ("shared_memory", "gloo", "nodes")
 LOCALHOST = "127.0.0.1"
 TOKEN = "a token"
+NODES = (0, 1, 0, 0, 1)
+"""Where ranks are when there are several nodes, in any order and unevenly."""
 
 
 def group(
@@ -29,8 +33,8 @@ def group(
 
     A rank leaves the group as soon as its body has ended, as a process that ends does.
     """
-    host: shared.Host | gloo.Host
-    host = shared.Host() if kind == "shared_memory" else gloo.Host(LOCALHOST, timeout_s)
+    host: shared.Host | mesh.Host
+    host = shared.Host() if kind == "shared_memory" else mesh.Host(LOCALHOST, timeout_s)
     came_out: list[T | BaseException] = [AssertionError("the rank did not end")] * world
 
     def run(rank: int) -> None:
@@ -54,18 +58,25 @@ def group(
 
 def enter(
     kind: Kind,
-    host: shared.Host | gloo.Host,
+    host: shared.Host | mesh.Host,
     rank: int,
     layout: Layout,
     world: int,
     timeout_s: float,
 ) -> Collective:
     """Join the group of ``host`` as ``rank``."""
+    joined: shared.SharedMemory | mesh.Mesh
     if rank == 0:
-        return host.form(layout, world, TOKEN, timeout_s)
-    if kind == "shared_memory":
-        return shared.join(host.address, rank, layout, world, TOKEN, timeout_s)
-    return gloo.join(host.address, rank, layout, world, TOKEN, LOCALHOST, timeout_s)
+        joined = host.form(layout, world, TOKEN, timeout_s)
+    elif kind == "shared_memory":
+        joined = shared.join(host.address, rank, layout, world, TOKEN, timeout_s)
+    else:
+        joined = mesh.join(host.address, rank, layout, world, TOKEN, LOCALHOST, timeout_s)
+    if isinstance(joined, shared.SharedMemory):
+        return joined
+    if kind == "gloo":
+        return Gloo(joined, layout)
+    return meet(joined, layout, NODES[:world], TOKEN)
 
 
 def results(came_out: list[T | BaseException]) -> list[T]:
