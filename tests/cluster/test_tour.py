@@ -119,6 +119,7 @@ def test_a_script_is_submitted_and_learns_as_much_as_at_home(tour: Tour) -> None
     assert there["updates"] == home["updates"]
     assert there["final"]["accuracy"] == pytest.approx(home["final"]["accuracy"], abs=0.006)
     assert there["final"]["accuracy"] > 0.96
+    assert (home["collective"], there["collective"]) == ("shared_memory", "nodes")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,7 @@ def test_a_stopped_job_leaves_its_record_and_a_resubmitted_one_goes_on(
         f"{training} --updates 100000"
     )
     tour.until(lambda: _checkpoint(tour, "long").exists(), "a checkpoint")
+    tour.until(lambda: SHOWN <= _exported(tour), "metrics for Prometheus")
 
     tour.type("ray job stop long")
 
@@ -182,6 +184,19 @@ def test_workers_end_with_a_killed_driver_and_the_run_goes_on_from_its_checkpoin
     assert not (tour.head.home / "runs/killed/result.json").exists()
     tour.type(f"{submit} {training} --updates 400 --resume runs/killed")
     assert tour.result(tour.head, "runs/killed")["updates"] >= 400
+
+
+SHOWN = {
+    f"ray_paramserver_{name}"
+    for name in ("updates_total", "gradient_bytes_total", "updates_per_second", "loss", "waiting")
+}
+
+
+def _exported(tour: Tour) -> set[str]:
+    """Return the names of the metrics of the head's node that are ours."""
+    read = "import urllib.request as r; print(r.urlopen('http://host1:8090').read().decode())"
+    page = tour.laptop.run(f'python3 -c "{read}"').stdout
+    return {name for name in re.findall(r"^(\w+){", page, re.M) if "paramserver" in name}
 
 
 def _checkpoint(tour: Tour, run: str) -> Path:

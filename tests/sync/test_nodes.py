@@ -80,7 +80,8 @@ def test_slices_are_sent_as_sums_of_a_node() -> None:
 
 def test_a_sum_has_the_same_bits_every_time() -> None:
     def body(collective: Collective) -> list[float]:
-        collective.grad.copy_(torch.randn(LAYOUT.numel, generator=torch.manual_seed(1)))
+        own = torch.Generator().manual_seed(collective.rank)
+        collective.grad.copy_(torch.randn(LAYOUT.numel, generator=own))
         collective.exchange(1, ())
         total: list[float] = collective.reduce([0.3, 0.1, 0.7, 0.9, 0.2]).tolist()
         collective.publish()
