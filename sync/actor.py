@@ -19,7 +19,7 @@ from sync.desk import Desk, Part, Position
 from sync.rounds import RoundTrainee
 from sync.worker import Finished, Plan, Trainee
 from workers.actor import keep_freed_memory
-from workers.examiner import Examined, Examiner, Keep
+from workers.examiner import Examined, Examiner, Keep, Looks
 from workers.examples import Examples
 from workers.oracles import Oracle
 from workers.packing import Packed, pack, unpack
@@ -178,10 +178,10 @@ class Rank:
 class Evaluator:
     """Evaluates parameters while the ranks go on."""
 
-    def __init__(self, task: Task, seed: int, threads: int, with_train: bool) -> None:
+    def __init__(self, task: Task, seed: int, threads: int, looks: Looks) -> None:
         """Keep what `ready` needs."""
         torch.set_num_threads(threads)
-        self._task, self._seed, self._with_train = task, seed, with_train
+        self._task, self._seed, self._looks = task, seed, looks
 
     @cached_property
     def _examiner(self) -> Examiner:
@@ -195,7 +195,7 @@ class Evaluator:
             layout,
             [range(layout.numel)],
             seed=self._seed,
-            with_train=self._with_train,
+            looks=self._looks,
         )
 
     def ready(self) -> None:

@@ -187,7 +187,7 @@ class _Driver:
         self._crew = Crew(
             trainer.task,
             seed=self._config.seed,
-            with_train=self._config.evaluates_train,
+            looks=self._config.looks,
             world=self._config.workers,
             threads=self._config.threads or max(1, cores // self._config.workers),
             cpus=0 if self._config.address is None else 1,

@@ -14,6 +14,7 @@ from paramserver.schedules import Schedule
 from workers.curriculum import Course, Pacing
 from workers.difficulty import Difficulty, Loss, places
 from workers.estimate import GradientMode
+from workers.examiner import Looks
 from workers.holdout import held_out
 from workers.stopping import EarlyStopping
 from workers.task import Data, Task, is_minimised
@@ -78,6 +79,10 @@ class RunConfig:
 
     evaluate_every_s: float = 1.0
     """Seconds between evaluations on the test data; 0 evaluates only at the end."""
+
+    diagnostics: bool = True
+    """Whether evaluations look at the net as well: gradients by layer, saturated and dead units,
+    steps, gradient noise. In the evaluating process, and at most 5 % of the time."""
 
     checkpoint_every_s: float = 60.0
     """Seconds between checkpoints; 0 writes only the one at the end."""
@@ -154,9 +159,10 @@ class RunConfig:
         return Course(self.curriculum, places(by, task, data, self.curriculum.order, self.seed))
 
     @property
-    def evaluates_train(self) -> bool:
-        """Whether evaluations are wanted on training samples, too."""
-        return self.early_stopping is not None and self.early_stopping.needs_train
+    def looks(self) -> Looks:
+        """What evaluations are to look at, beside the test and validation data."""
+        stopping = self.early_stopping
+        return Looks(train=stopping is not None and stopping.needs_train, inside=self.diagnostics)
 
     def with_validation(self, task: Task) -> Task:
         """Return ``task`` with the part of its training samples held out that this run asks for."""

@@ -44,6 +44,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "is_minimised",
+    "modes_of",
     "recalibrate_batchnorm",
     "user_code",
 ]
@@ -148,7 +149,7 @@ def evaluate(
     if len(examples) == 0:
         raise TaskError(f"task {task.name!r} has no examples to evaluate")
     totals: dict[str, float] = {}
-    with _modes_of(model), user_code(f"evaluating task {task.name!r}"):
+    with modes_of(model), user_code(f"evaluating task {task.name!r}"):
         model.eval()
         for start in range(0, len(examples), batch_size):
             indices = torch.arange(start, min(start + batch_size, len(examples)))
@@ -188,7 +189,7 @@ def recalibrate_batchnorm(
         return
     batches = Batches(len(examples), batch_size, seed=seed, worker=0, num_workers=1)
     momenta = [norm.momentum for norm in norms]
-    with _modes_of(model), torch.no_grad(), user_code(f"the loss of task {task.name!r}"):
+    with modes_of(model), torch.no_grad(), user_code(f"the loss of task {task.name!r}"):
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
@@ -217,7 +218,7 @@ def user_code(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _modes_of(model: nn.Module) -> Iterator[None]:
+def modes_of(model: nn.Module) -> Iterator[None]:
     """Give every module its training mode back, also where some were in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
