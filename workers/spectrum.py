@@ -170,7 +170,8 @@ def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
 def _fresh(basis: Tensor, real: Tensor, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(real.shape, dtype=torch.float64, generator=generator) * real
     left = _orthogonal(drawn, basis)
-    return left / left.norm()
+    unit: Tensor = left / left.norm()
+    return unit
 
 
 def _noise(scale: float, dimensions: int, dtype: torch.dtype) -> float:
