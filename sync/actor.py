@@ -186,7 +186,7 @@ class Evaluator:
     @cached_property
     def _examiner(self) -> Examiner:
         model, data = build_model(self._task, self._seed), build_data(self._task)
-        layout = Layout.of(model)
+        layout = Layout.of(model, self._task.groups)
         self._dtype = layout.dtype
         return Examiner(
             self._task,

@@ -12,6 +12,7 @@ from torch import Tensor
 from paramserver.averaging import AVERAGES
 from paramserver.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from paramserver.clipping import CLIPS
+from paramserver.groups import GROUPS
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
 from paramserver.record import Result, RunFolder, versions
@@ -38,12 +39,15 @@ _PLUGINS: Mapping[str, Registry[Any]] = {
     "curriculum": PACINGS,
     "difficulty": DIFFICULTIES,
     "early_stopping": STOPPINGS,
+    "group": GROUPS,
     "schedule": SCHEDULES,
 }
 
 
 def _plain(name: str, value: Any) -> Any:
     """Return a field's value as a record holds it."""
+    if isinstance(value, tuple):
+        return [_plain(name, one) for one in value]
     if value is not None and name in _PLUGINS:
         return _PLUGINS[name].describe(value)
     return value if isinstance(value, int | float | str | None) else str(value)
