@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paramserver.compensation import Compensation, Compensator
+from paramserver.compensation import Compensation, Compensator, Rate
 from paramserver.errors import CheckpointError
 from paramserver.optimizers.base import check_above_0, check_below_1, check_eps, check_from_0
 from paramserver.registry import Registry
@@ -89,7 +89,7 @@ class ConstantDelayCompensator(Vectors):
         self._strength = strength
 
     def correct_(
-        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: float
+        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: Rate
     ) -> None:
         """Move ``grad`` from ``read`` to ``params``."""
         torch.sub(params, read, out=self._drift).mul_(grad)
@@ -140,7 +140,7 @@ class AdaptiveDelayCompensator(Vectors):
         check_eps(eps, [self._mean_square])
 
     def correct_(
-        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: float
+        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: Rate
     ) -> None:
         """Take up ``grad``, and move it from ``read`` to ``params``."""
         self._mean_square.mul_(self._decay).addcmul_(grad, grad, value=1 - self._decay)
@@ -197,7 +197,7 @@ class GapCompensator(Vectors):
         check_eps(eps, [self._mean_square])
 
     def correct_(
-        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: float
+        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: Rate
     ) -> None:
         """Divide ``grad`` by its gap plus one."""
         if self._updates == 0:  # nothing has moved, or nobody has seen how far
@@ -245,7 +245,7 @@ class DistanceCompensator(Vectors):
     """g <- g / ((w - r)² / η + 1)."""
 
     def correct_(
-        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: float
+        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: Rate
     ) -> None:
         """Divide ``grad`` by the squared distance, in units of ``lr``, plus one."""
         torch.sub(params, read, out=self._drift).square_().div_(lr).add_(1)
@@ -290,7 +290,7 @@ class MagnitudeCompensator(Vectors):
         check_eps(eps, [self._magnitude])
 
     def correct_(
-        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: float
+        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: Rate
     ) -> None:
         """Take up ``grad``, and divide it by its usual magnitude and its age."""
         self._drift.copy_(grad).abs_()

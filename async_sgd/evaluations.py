@@ -9,7 +9,7 @@ import ray
 
 from paramserver.errors import ServerTimeoutError
 from workers.actor import EvaluatorActor, Servers
-from workers.examiner import Examined, Keep
+from workers.examiner import Examined, Keep, Looks
 
 
 class Evaluations:
@@ -21,7 +21,7 @@ class Evaluations:
         seed: int,
         servers: Servers,
         *,
-        with_train: bool,
+        looks: Looks,
         timeout_s: float,
         lost: Callable[[str], None],
         options: Callable[[], Mapping[str, Any]],
@@ -32,13 +32,13 @@ class Evaluations:
             task: A reference to the task that Ray holds.
             seed: Of the run.
             servers: Whose parameters are evaluated.
-            with_train: Whether to evaluate on training samples, too.
+            looks: At what, beside the test and validation data.
             timeout_s: Seconds an answer may take.
             lost: Counts the loss of a process; it may raise.
             options: Return what Ray is to give the process.
         """
         self._task, self._seed, self._servers = task, seed, servers
-        self._with_train, self._timeout_s, self._lost = with_train, timeout_s, lost
+        self._looks, self._timeout_s, self._lost = looks, timeout_s, lost
         self._options = options
         self.actor: Any = None
         """The evaluator; None before `start`."""
@@ -48,7 +48,7 @@ class Evaluations:
     def start(self) -> None:
         """Start the process; `connect` once it and the shards are ready."""
         self.actor = EvaluatorActor.options(**self._options()).remote(
-            self._task, self._seed, 1, self._with_train
+            self._task, self._seed, 1, self._looks
         )
 
     def connect(self) -> None:

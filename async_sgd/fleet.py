@@ -86,7 +86,7 @@ class Fleet:
             self._task_ref,
             self._config.seed,
             self._servers,
-            with_train=self._config.evaluates_train,
+            looks=self._config.looks,
             timeout_s=self._config.call_timeout_s,
             lost=self._lost,
             options=self._places.beside_first,

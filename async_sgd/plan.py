@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,11 +17,13 @@ from paramserver.compensation import Compensation
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
 from paramserver.measures import measured
-from paramserver.optimizers import AnyOptimizer
+from paramserver.optimizers import AnyOptimizer, Optimizer
+from paramserver.optimizers.grouped import grouped
 from paramserver.optimizers.push_form import Place, PushForm
 from paramserver.progress import Budget, Progress
 from paramserver.rounds import RoundProgram
 from paramserver.rules import Damping, RuleSpec
+from paramserver.schedules import Schedule
 from paramserver.sequencer import Sequencer
 from paramserver.shard import Saved
 from paramserver.shard_config import RoundsConfig, ShardConfig
@@ -104,15 +106,16 @@ class Plan:
     def shard(self, index: int, address: str, token: str, start: Checkpoint) -> ShardConfig:
         """Return what shard ``index`` is made of, which listens at ``address``."""
         cut, state, config = self.cuts[index], start.state, self.config
+        optimizer, schedule = self._built_at(cut)
         return ShardConfig(
             index=index,
             address=address,
             capacity=self.capacity,
             token=token,
             fingerprint=self.layout.fingerprint,
-            optimizer=self._built_at(cut),
+            optimizer=optimizer,
             slot_rows=self.slot_rows,
-            schedule=config.schedule,
+            schedule=schedule,
             clip=None if config.clip == self.clip_at_worker else config.clip,
             compensation=self.compensation,
             average=config.average,
@@ -157,11 +160,16 @@ class Plan:
         needed = self.config.workers + 3
         return needed if self.program is None else 2 * needed
 
-    def _built_at(self, cut: range) -> AnyOptimizer:
-        """Return what the shard of ``cut`` builds its rule or program from."""
-        if self.form is None:
-            return self.optimizer
-        return replace(self.form, place=Place(cut, self.layout.numel, self.config.workers))
+    def _built_at(self, cut: range) -> tuple[AnyOptimizer, Schedule | None]:
+        """Return what the shard of ``cut`` builds its rule or program, and its schedule, from."""
+        schedule = self.config.schedule
+        if self.form is not None:
+            place = Place(cut, self.layout.numel, self.config.workers)
+            return replace(self.form, place=place), schedule
+        if self.program is not None:
+            return self.optimizer, schedule
+        rule = cast(Optimizer, self.optimizer)
+        return grouped(rule, schedule, self.task.groups, self.layout, cut)
 
     def _rounds(self, cut: range, start: Checkpoint) -> RoundsConfig | None:
         if self.program is None:

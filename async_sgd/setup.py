@@ -22,10 +22,12 @@ from paramserver.checkpoint import Checkpoint
 from paramserver.clipping import CLIPS
 from paramserver.compensation import Compensation, check_compensation
 from paramserver.errors import CheckpointError, RecordError
+from paramserver.groups import GROUPS, described_with, refuse_groups
 from paramserver.layout import Layout
 from paramserver.measures import check_measures
-from paramserver.optimizers import OPTIMIZERS, SGD, AnyOptimizer
+from paramserver.optimizers import OPTIMIZERS, SGD, AnyOptimizer, Optimizer
 from paramserver.optimizers.base import is_per_worker, needs_norm
+from paramserver.optimizers.grouped import check_groups
 from paramserver.optimizers.push_form import PushForm
 from paramserver.registry import Registry
 from paramserver.rounds import RoundOptimizer, build_program, check_size
@@ -86,7 +88,7 @@ class Setup:
         Raises:
             ValueError: A combination that cannot work.
         """
-        self.task, self.optimizer, self.config = config.with_validation(task), optimizer, config
+        self.task, self.optimizer, self.config = config.applied_to(task), optimizer, config
         self.program = build_program(optimizer)
         self.rule: RuleSpec = rule or (Asynchronous() if self.program is None else Pieces())
         self.form: PushForm | None = None
@@ -96,6 +98,7 @@ class Setup:
         self.local, self.measure = local, tuple(measure)
         check_measures(self.measure)
         self._check_program()
+        self._check_groups()
         if local is not None:
             self._check_local(local)
         self._check_workers()
@@ -135,16 +138,19 @@ class Setup:
         """Build the model and load the data; see that they fit the rest.
 
         Raises:
-            ValueError: Too few samples.
+            ValueError: Too few samples, or a group of parameters asks for what cannot be.
             LayoutError: The model has more parameters than a round program can hold.
             ParamServerError: The task cannot be built.
         """
         model = build_model(self.task, self.config.seed)
-        layout = Layout.of(model)
+        layout = Layout.of(model, self.task.groups)
         if self.program is not None:
             check_size(cast(RoundOptimizer, self.optimizer), self.program, layout.flatten(model))
         if self.form is not None and self.form.whole:
             self.form.build([nn.Parameter(layout.flatten(model), requires_grad=False)])
+        if self.program is None and self.form is None:
+            rule = cast(Optimizer, self.optimizer)
+            check_groups(rule, self.config.schedule, self.task.groups, layout)
         cuts = layout.cuts(self.shards)
         data = build_data(self.task)
         num_train = len(data.train)
@@ -159,7 +165,7 @@ class Setup:
                 f"{self.config.workers} workers cannot each push {self.form.spec.batch} of "
                 f"{num_train} samples: use a smaller batch"
             )
-        described = OPTIMIZERS.describe(self.optimizer)
+        described = described_with(OPTIMIZERS.describe(self.optimizer), self.task.groups)
         plan = Plan(
             task=self.task,
             optimizer=self.optimizer,
@@ -181,6 +187,14 @@ class Setup:
             progress=progress,
         )
         return Ready(plan, layout.flatten(model), data)
+
+    def _check_groups(self) -> None:
+        """Raise ValueError if groups want rates of their own where there is one for all."""
+        if self.program is not None or self.form is not None:
+            refuse_groups(self.task.groups, self.optimizer_name)
+        elif self.local is not None:
+            name = LOCALS.name_of(self.local)
+            refuse_groups(self.task.groups, f"local {name}", instead="no local steps")
 
     def _check_workers(self) -> None:
         """Raise ValueError if workers' gradients become one that must be told apart."""
@@ -381,6 +395,8 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
                 early_stopping=built("early_stopping", STOPPINGS),
                 clip=built("clip", CLIPS),
                 schedule=built("schedule", SCHEDULES),
+                group=tuple(GROUPS.build(group) for group in config.get("group", ())),
+                freeze=tuple(config.get("freeze", ())),
                 average=built("average", AVERAGES),
             ),
             rule=built("rule", RULES),

@@ -183,7 +183,7 @@ class _Simulated:
             layout,
             plan.cuts,
             seed=config.seed,
-            with_train=config.evaluates_train,
+            looks=config.looks,
         )
         start = ready.start(None, Path())
         buffers = Buffers(plan.capacity, layout.numel, layout.dtype)

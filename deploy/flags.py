@@ -3,7 +3,8 @@
     --workers 4 --optimizer adam:lr=1e-3     workers = 4
                                              optimizer = {name = "adam", lr = 1e-3}
 
-A field's annotation says how it is read and its docstring is the help. Flags win over the file.
+A field's annotation says how it is read and its docstring is the help. Flags win over the file. A
+field that is a tuple is a flag that may be given several times, and a list in the file.
 """
 
 from __future__ import annotations
@@ -106,13 +107,15 @@ class Flags(Generic[T]):
         for field in sorted(self._fields, key=lambda field: field.name not in own):
             flag = "--" + field.name.replace("_", "-")
             is_truth = self._hints[field.name] is bool
-            may_be_bare: dict[str, Any] = {"nargs": "?", "const": "true"} if is_truth else {}
+            how: dict[str, Any] = {"nargs": "?", "const": "true"} if is_truth else {}
+            if _of_several(self._hints[field.name]) is not None:
+                how = {"action": "append"}
             parser.add_argument(
                 *dict.fromkeys((flag, f"--{field.name}")),
                 dest=field.name,
                 default=argparse.SUPPRESS,
                 metavar=self._metavar(self._hints[field.name]),
-                **may_be_bare,
+                **how,
                 help=self._help(field, docs.get(field.name, "")),
             )
         written = vars(parser.read(argv))
@@ -158,6 +161,8 @@ class Flags(Generic[T]):
         registry = self._registry(field)
         if registry is None or value is None:
             return spell_value(value)
+        if isinstance(value, tuple | list):
+            return " ".join(spell(registry, one) for one in value) or "none"
         return spell(registry, value)
 
     def describe(self, built: T) -> dict[str, object]:
@@ -165,13 +170,16 @@ class Flags(Generic[T]):
         described: dict[str, object] = {}
         for field in self._fields:
             value, registry = getattr(built, field.name), self._registry(field.name)
-            if registry is not None and value is not None:
+            if isinstance(value, tuple):
+                value = [one if registry is None else registry.describe(one) for one in value]
+            elif registry is not None and value is not None:
                 value = registry.describe(value)
             described[field.name] = str(value) if isinstance(value, Path) else value
         return described
 
     def _registry(self, field: str) -> Registry[Any] | None:
-        return self._plugins.get(_without_none(self._hints[field])[0])
+        hint = self._hints[field]
+        return self._plugins.get(_of_several(hint) or _without_none(hint)[0])
 
     def _read_table(self, table: Mapping[str, object], where: str) -> dict[str, Any]:
         keys = [field.name for field in self._fields if field.name != "config"]
@@ -194,6 +202,9 @@ class Flags(Generic[T]):
 
     def _value(self, value: object, hint: Any) -> object:
         """Read ``value`` as ``hint`` says; raise `ValueError` with what is expected."""
+        if (one := _of_several(hint)) is not None:
+            several = value if isinstance(value, list | tuple) else [value]
+            return tuple(self._value(each, one) for each in several)
         inner, optional = _without_none(hint)
         if inner in self._plugins:
             registry = self._plugins[inner]
@@ -216,7 +227,7 @@ class Flags(Generic[T]):
         return Path(value) if inner is Path else value
 
     def _metavar(self, hint: Any) -> str:
-        inner, _ = _without_none(hint)
+        inner, _ = _without_none(_of_several(hint) or hint)
         if inner in self._plugins:
             return "NAME:KEY=VALUE,…"
         if typing.get_origin(inner) is typing.Literal:
@@ -225,7 +236,7 @@ class Flags(Generic[T]):
 
     def _help(self, field: dataclasses.Field[Any], doc: str) -> str:
         default = field.default
-        if default is None or default is dataclasses.MISSING:
+        if default in (None, ()) or default is dataclasses.MISSING:
             text = doc
         else:
             inner, _ = _without_none(self._hints[field.name])
@@ -259,7 +270,7 @@ def spell(registry: Registry[Any], plugin: object) -> str:
     """
     described = dict(plugin) if isinstance(plugin, Mapping) else registry.describe(plugin)
     name = str(described.pop("name"))
-    defaults = next((entry.parameters() for entry in registry if entry.name == name), {})
+    defaults = registry.parameters(name)
     keys = [
         f"{key}={spell_value(value)}"
         for key, value in described.items()
@@ -272,6 +283,9 @@ def spell_value(value: object) -> str:
     """Write a value of a plug-in's key as the command line reads it."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Mapping):  # a plug-in in a plug-in, as records hold it
+        keys = [f"{key}={spell_value(part)}" for key, part in value.items() if key != "name"]
+        return f"({value['name']}:{','.join(keys)})"
     if isinstance(value, tuple | list):
         return "/".join(spell_value(part) for part in value)
     return "none" if value is None else str(value)
@@ -313,6 +327,13 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     args = typing.get_args(hint)
     others = [arg for arg in args if arg is not type(None)]
     return functools.reduce(operator.or_, others), len(others) < len(args)
+
+
+def _of_several(hint: Any) -> Any | None:
+    """Return ``X`` of ``tuple[X, ...]``, None of anything else."""
+    args = typing.get_args(hint)
+    is_several = typing.get_origin(hint) is tuple and len(args) == 2 and args[1] is Ellipsis
+    return args[0] if is_several else None
 
 
 def _meant(word: str, words: Sequence[str]) -> str:

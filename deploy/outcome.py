@@ -88,6 +88,8 @@ def _ending(record: Mapping[str, Any]) -> dict[str, str]:
     if "failures" in record and record.get("mode") != "simulate":
         failures = [f"{f['what']} after {f['seconds']:.1f} s" for f in record["failures"]]
         rows["failures"] = ", ".join(failures) or "none"
+    if record.get("warnings"):
+        rows["warnings"] = "; ".join(record["warnings"])
     if "stopped_because" in record:
         rows["stopped because"] = str(record["stopped_because"])
     return rows

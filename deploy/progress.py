@@ -44,6 +44,10 @@ def figures(status: Mapping[str, Any]) -> str:
     if "staleness_mean" in status:
         most = f" (max {status['staleness_max']})" if "staleness_max" in status else ""
         parts.append(f"staleness {status['staleness_mean']:.1f}{most}")
+    if status.get("warnings"):
+        number = len(status["warnings"])
+        more = f" (and {number - 1} more)" if number > 1 else ""
+        parts.append(f"warning: {status['warnings'][0]}{more}")
     if status.get("dropped"):
         parts.append(f"dropped {counts(status['dropped'])}")
     if status.get("failures"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy import curves, page, plots
+from deploy import curves, inside, page, plots
 from deploy.outcome import measure
 from deploy.progress import TRAIN_SAMPLE
 from paramserver.durable import write_durably
@@ -76,6 +76,7 @@ def _one(record: Record) -> str:
             page.tiles(_headline(record)),
             page.facts(about),
             page.section("Training", _training(record)),
+            page.section("Inside the net", inside.section(record)),
             page.section("Staleness", _staleness(record)),
             page.section("Speed", _speed(record)),
             page.section("Configuration", [page.facts(_settings(record))]),

@@ -23,6 +23,7 @@ from paramserver.averaging import AVERAGES, Average
 from paramserver.clipping import CLIPS, Clip
 from paramserver.compensation import Compensation
 from paramserver.errors import ParamServerError, RunFailedError
+from paramserver.groups import GROUPS, Group
 from paramserver.optimizers import OPTIMIZERS, Adam, AnyOptimizer
 from paramserver.record import Result
 from paramserver.registry import Registry
@@ -53,6 +54,7 @@ PLUGINS: Mapping[object, Registry[Any]] = {
     Compensation: COMPENSATIONS,
     Local: LOCALS,
     Clip: CLIPS,
+    Group: GROUPS,
     Schedule: SCHEDULES,
     EarlyStopping: STOPPINGS,
     Pacing: PACINGS,

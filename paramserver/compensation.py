@@ -16,7 +16,7 @@ it: that scales the step, by staleness alone. Implementations: `async_sgd.compen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ from paramserver.reshard import OptimizerState, scatter_state
 
 _NAME = "compensation"
 
+Rate: TypeAlias = float | Tensor
+"""A learning rate for all elements, or one for each."""
+
 
 class Compensator(Protocol):
     """Corrects the gradients of one slice, in the order in which they are taken; one call a time.
@@ -34,7 +37,7 @@ class Compensator(Protocol):
     """
 
     def correct_(
-        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: float
+        self, grad: Tensor, params: Tensor, read: Tensor, *, worker: int, staleness: int, lr: Rate
     ) -> None:
         """Change ``grad`` in place. Called once for each push that is taken; not for dropped ones.
 
@@ -46,7 +49,8 @@ class Compensator(Protocol):
                 workers something else (`paramserver.optimizers.base.PushRule.shows`).
             worker: Whose push it is.
             staleness: Updates that were applied between the read and now, 0 or more.
-            lr: The optimizer's learning rate now, as scheduled, before damping.
+            lr: The optimizer's learning rate now, as scheduled, before damping; shape ``(n,)``
+                where groups of parameters have their own.
         """
 
     def on_update(self, params: Tensor) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.errors import LayoutError
+from paramserver.groups import Group, apart, group_of
 
 BLOCK = 64
 """Elements; parameters start and shards are cut on multiples of it."""
@@ -37,6 +38,8 @@ class Slot:
     offset: int
     """First element, a multiple of `BLOCK`."""
     shape: tuple[int, ...]
+    group: str = ""
+    """The group of parameters it is in; empty for the rest."""
 
     @property
     def numel(self) -> int:
@@ -57,11 +60,15 @@ class Layout:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: nn.Module) -> Layout:
+    def of(cls, model: nn.Module, groups: Sequence[Group] = ()) -> Layout:
         """Lay out the trainable parameters of ``model`` in the order it names them.
 
+        Those of a group lie together, so each of ``groups`` whose steps are its own, and the rest,
+        are one range; the ranges are in the order of their first parameters.
+
         Raises:
-            LayoutError: No trainable parameter, or parameters of several or non-float dtypes.
+            LayoutError: No trainable parameter, or parameters of several or non-float dtypes, or
+                one that is in two groups.
         """
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
@@ -74,10 +81,15 @@ class Layout:
         if len(by_dtype) > 1 or not named[0][1].dtype.is_floating_point:
             listed = "; ".join(f"{d}: {', '.join(ns[:3])}" for d, ns in by_dtype.items())
             raise LayoutError(f"trainable parameters must share one float dtype, got {listed}")
-        slots, offset = [], 0
+        own = apart(groups)
+        by_group: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in named:
-            slots.append(Slot(name, offset, tuple(parameter.shape)))
-            offset += _round_up(parameter.numel())
+            by_group.setdefault(group_of(name, own), []).append((name, parameter))
+        slots, offset = [], 0
+        for group, members in by_group.items():
+            for name, parameter in members:
+                slots.append(Slot(name, offset, tuple(parameter.shape), group))
+                offset += _round_up(parameter.numel())
         return cls(tuple(slots), named[0][1].dtype)
 
     @cached_property
@@ -97,11 +109,20 @@ class Layout:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits; equal only for equal names, shapes, order and dtype."""
-        text = json.dumps(
-            [[s.name, s.offset, list(s.shape)] for s in self.slots] + [str(self.dtype)]
-        )
+        """Sixteen hex digits; equal only for equal names, shapes, order, groups and dtype."""
+        text = json.dumps([_row(slot) for slot in self.slots] + [str(self.dtype)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def group_ranges(self) -> dict[str, range]:
+        """The elements of each group, in order, padding included; empty if there are no groups."""
+        starts: dict[str, int] = {}
+        for slot in self.slots:
+            starts.setdefault(slot.group, slot.offset)
+        if starts.keys() == {""}:
+            return {}
+        edges = itertools.pairwise([*starts.values(), self.numel])
+        return {group: range(*both) for group, both in zip(starts, edges, strict=True)}
 
     def cuts(self, num_shards: int) -> tuple[range, ...]:
         """Cut the vector into contiguous ranges of nearly equal size.
@@ -148,7 +169,7 @@ class Layout:
         """Describe the layout for a manifest."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "parameters": [[s.name, s.offset, list(s.shape)] for s in self.slots],
+            "parameters": [_row(slot) for slot in self.slots],
         }
 
     def difference(self, other: Layout) -> str | None:
@@ -160,6 +181,13 @@ class Layout:
         for name in [*mine, *theirs]:
             if mine.get(name) != theirs.get(name):
                 return f"{name}: {theirs.get(name, 'absent')} instead of {mine.get(name, 'absent')}"
+        in_groups = {slot.name: slot.group for slot in self.slots}
+        for slot in other.slots:
+            here, there = (
+                f"group {g}" if g else "no group" for g in (in_groups[slot.name], slot.group)
+            )
+            if here != there:
+                return f"{slot.name} in {there} instead of {here}"
         return None if self.slots == other.slots else "another order of the parameters"
 
 
@@ -169,7 +197,8 @@ def layout_from_json(described: dict[str, object]) -> Layout:
     rows = described["parameters"]
     if not isinstance(dtype, torch.dtype) or not isinstance(rows, list):
         raise LayoutError("the layout in the manifest is not readable")
-    return Layout(tuple(Slot(str(n), int(o), tuple(shape)) for n, o, shape in rows), dtype)
+    slots = (Slot(str(n), int(o), tuple(shape), *group) for n, o, shape, *group in rows)
+    return Layout(tuple(slots), dtype)
 
 
 def overlaps(lo: int, hi: int, cuts: Sequence[range]) -> Iterable[tuple[int, int, int]]:
@@ -178,6 +207,11 @@ def overlaps(lo: int, hi: int, cuts: Sequence[range]) -> Iterable[tuple[int, int
         start, stop = max(lo, cut.start), min(hi, cut.stop)
         if start < stop:
             yield shard, start, stop
+
+
+def _row(slot: Slot) -> list[object]:
+    row: list[object] = [slot.name, slot.offset, list(slot.shape)]
+    return [*row, slot.group] if slot.group else row
 
 
 def _round_up(numel: int) -> int:

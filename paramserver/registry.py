@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from typing import Any, Generic, TypeVar
 from paramserver.errors import PluginError
 
 T = TypeVar("T")
+
+_COMMA = re.compile(r",(?![^(]*\))")
+"""A comma that is not in parentheses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,11 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[Entry[T]]:
         return iter(self._entries.values())
 
+    def parameters(self, name: str) -> dict[str, object]:
+        """Return the keys of the plug-in ``name`` with their defaults; empty if there is none."""
+        entry = self._entries.get(name)
+        return {} if entry is None else entry.parameters()
+
     def name_of(self, plugin: T) -> str:
         """Return the name ``plugin``'s class is registered under, else ``module:Class``."""
         for entry in self._entries.values():
@@ -116,18 +125,18 @@ class Registry(Generic[T]):
         if missing:
             raise PluginError(f"{self.kind} {entry.name!r} needs {', '.join(missing)}")
         try:
-            return entry.factory(**values)
+            return self._made(entry, values)
         except ValueError as error:
             raise PluginError(f"{self.kind} {entry.name!r}: {error}") from error
 
+    def _made(self, entry: Entry[T], values: Mapping[str, Any]) -> T:
+        return entry.factory(**values)
+
     def _split(self, text: str) -> tuple[str, dict[str, object]]:
-        """Split ``name:k=v,…``; ``module:Class:k=v`` names a class outside the registry."""
-        name, _, rest = text.partition(":")
-        if "." in name or (rest and "=" not in rest.partition(":")[0]):
-            attribute, _, rest = rest.partition(":")
-            name = f"{name}:{attribute}"
+        """Split ``name:k=v,…``; a comma in parentheses is part of a value."""
+        name, rest = self._named(text)
         keys: dict[str, object] = {}
-        for part in filter(None, rest.split(",")):
+        for part in filter(None, _COMMA.split(rest)):
             key, equals, value = part.partition("=")
             if not equals:
                 raise PluginError(
@@ -136,6 +145,14 @@ class Registry(Generic[T]):
                 )
             keys[key.strip()] = value.strip()
         return name, keys
+
+    def _named(self, text: str) -> tuple[str, str]:
+        """Split off the name; ``module:Class:k=v`` names a class outside the registry."""
+        name, _, rest = text.partition(":")
+        if "." in name or (rest and "=" not in rest.partition(":")[0]):
+            attribute, _, rest = rest.partition(":")
+            name = f"{name}:{attribute}"
+        return name, rest
 
     def _entry(self, name: str) -> Entry[T]:
         if name in self._entries:

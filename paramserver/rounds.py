@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from paramserver.errors import CurvatureError, LayoutError
 from paramserver.lean import FlatOptimizer
+from paramserver.schedules import Scheduler
 
 Kind: TypeAlias = Literal[
     "loss", "gradient", "hvp", "ggnvp", "hessian", "fisher", "fisher_diagonal"
@@ -205,7 +206,7 @@ class Runner:
         x: Tensor,
         *,
         cut: range | None = None,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        scheduler: Scheduler | None = None,
         rounds: int = 0,
     ) -> None:
         """Stand before the round after ``rounds`` at ``x``; `begin` makes the first request."""

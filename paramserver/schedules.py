@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,23 @@ from torch.optim.lr_scheduler import (
 from paramserver.registry import Registry
 
 
+class Scheduler(Protocol):
+    """Sets an optimizer's rates; torch's schedulers are such."""
+
+    def step(self) -> None:
+        """Set the rate after another update."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it stands."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; the rates themselves are the optimizer's state."""
+
+
 class Schedule(Protocol):
     """A schedule's configuration."""
 
-    def build(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    def build(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """Set the first rate of ``optimizer``, and return what sets the later ones.
 
         Raises:

@@ -255,7 +255,7 @@ class Shard(Held):
             read,
             worker=order.worker,
             staleness=order.staleness,
-            lr=self.rule.param_groups[0]["lr"],
+            lr=self.rule.rate,
         )
         return grad
 

@@ -23,7 +23,7 @@ from sync.rounds import RoundTrainee
 from sync.shared import SharedMemory
 from sync.worker import Finished, Plan, Trainee
 from workers.actor import keep_freed_memory
-from workers.examiner import Examined, Examiner, Keep
+from workers.examiner import Examined, Examiner, Keep, Looks
 from workers.examples import Examples
 from workers.oracles import Oracle
 from workers.packing import Packed, pack, unpack
@@ -205,15 +205,15 @@ class Rank:
 class Evaluator:
     """Evaluates parameters while the ranks go on."""
 
-    def __init__(self, task: Task, seed: int, threads: int, with_train: bool) -> None:
+    def __init__(self, task: Task, seed: int, threads: int, looks: Looks) -> None:
         """Keep what `ready` needs."""
         torch.set_num_threads(threads)
-        self._task, self._seed, self._with_train = task, seed, with_train
+        self._task, self._seed, self._looks = task, seed, looks
 
     @cached_property
     def _examiner(self) -> Examiner:
         model, data = build_model(self._task, self._seed), build_data(self._task)
-        layout = Layout.of(model)
+        layout = Layout.of(model, self._task.groups)
         self._dtype = layout.dtype
         return Examiner(
             self._task,
@@ -222,7 +222,7 @@ class Evaluator:
             layout,
             [range(layout.numel)],
             seed=self._seed,
-            with_train=self._with_train,
+            looks=self._looks,
         )
 
     def ready(self) -> None:

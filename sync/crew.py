@@ -24,7 +24,7 @@ from paramserver.errors import PeerLostError, ResourceError, ServerTimeoutError
 from sync.actor import EvaluatorActor, Group, Kind, RankActor, Start
 from sync.desk import Part, Position
 from sync.worker import Finished, Plan
-from workers.examiner import Examined, Keep
+from workers.examiner import Examined, Keep, Looks
 from workers.packing import Packed, pack
 from workers.reservation import Places
 from workers.task import Task
@@ -67,7 +67,7 @@ class Crew:
         task: Task,
         *,
         seed: int,
-        with_train: bool,
+        looks: Looks,
         world: int,
         threads: int,
         places: Places,
@@ -80,7 +80,7 @@ class Crew:
         Args:
             task: What they train.
             seed: Of the run.
-            with_train: Whether to evaluate on training samples, too.
+            looks: At what evaluations look, beside the test and validation data.
             world: Ranks.
             threads: torch threads in each.
             places: Where they go; `close` gives them back.
@@ -89,7 +89,7 @@ class Crew:
             call_timeout_s: Seconds an answer of a process may take.
         """
         self._task, self._seed, self._world = ray.put(task), seed, world
-        self._with_train = with_train
+        self._looks = looks
         self._threads, self._places = threads, places
         self._network_interface = network_interface
         self._wait_timeout_s, self._call_timeout_s = wait_timeout_s, call_timeout_s
@@ -331,7 +331,7 @@ class Crew:
 
     def _spawn_evaluator(self) -> None:
         self._evaluator = EvaluatorActor.options(num_cpus=0).remote(
-            self._task, self._seed, 1, self._with_train
+            self._task, self._seed, 1, self._looks
         )
 
     def _get(self, refs: Sequence[Any], doing: str) -> list[Any]:

@@ -32,8 +32,10 @@ from paramserver.errors import (
     RunFailedError,
     ServerTimeoutError,
 )
+from paramserver.groups import described_with, refuse_groups
 from paramserver.layout import Layout
-from paramserver.optimizers import OPTIMIZERS, AnyOptimizer
+from paramserver.optimizers import OPTIMIZERS, AnyOptimizer, Optimizer
+from paramserver.optimizers.grouped import check_groups
 from paramserver.record import Result
 from paramserver.rounds import RoundOptimizer, build_program, check_size
 from sync.collective import fair_cuts
@@ -103,7 +105,7 @@ class SyncTrainer:
         if asked := self.config.asked_of_servers:
             raise ValueError(f"{asked[0]} is for shards, and synchronous mode has none")
         self.network_interface = network_interface
-        self.task, self.optimizer = self.config.with_validation(task), optimizer
+        self.task, self.optimizer = self.config.applied_to(task), optimizer
         self.reduce: Reduce = reduce
         self.collective, self.progress = collective, progress
         self.program = build_program(optimizer)  # to be looked at
@@ -115,6 +117,7 @@ class SyncTrainer:
             return
         name = OPTIMIZERS.name_of(self.optimizer)
         check_config(name, self.config)
+        refuse_groups(self.task.groups, name)
         if self.reduce != "mean":
             raise ValueError(
                 f"{name} is a round program, which compares means over samples: use reduce='mean'"
@@ -129,10 +132,15 @@ class SyncTrainer:
             RunFailedError: The run broke; its record is complete up to then.
             ParamServerError: It could not start.
             LayoutError: The model has more parameters than a round program can hold.
-            ValueError: There are fewer training samples than workers, or than are to be drawn.
+            ValueError: There are fewer training samples than workers, or than are to be drawn; or
+                a group of parameters asks for what cannot be.
         """
-        layout = Layout.of(model := build_model(self.task, self.config.seed))
-        if self.program is not None:
+        model = build_model(self.task, self.config.seed)
+        layout = Layout.of(model, self.task.groups)
+        if self.program is None:
+            rule = cast(Optimizer, self.optimizer)
+            check_groups(rule, self.config.schedule, self.task.groups, layout)
+        else:
             check_size(cast(RoundOptimizer, self.optimizer), self.program, layout.flatten(model))
         data = build_data(self.task)
         num_train = len(data.train)
@@ -140,7 +148,7 @@ class SyncTrainer:
             check_samples(OPTIMIZERS.name_of(self.optimizer), self.optimizer, num_train)
         plan = self._plan(layout, num_train, self.config.course(self.task, data))
         run = Run.start(self.task, self.config, layout, self._described())
-        optimizer = OPTIMIZERS.describe(self.optimizer)
+        optimizer = described_with(OPTIMIZERS.describe(self.optimizer), self.task.groups)
         start = run.resumed or Checkpoint.fresh(layout, layout.flatten(model), optimizer)
         if start.optimizer != optimizer:
             raise CheckpointError(
@@ -167,6 +175,7 @@ class SyncTrainer:
             clip_own=c.clip if clips_own else None,
             clip_reduced=None if clips_own else c.clip,
             schedule=c.schedule,
+            groups=self.task.groups,
             average=c.average,
             gradient=c.gradient,
             course=course,
@@ -196,7 +205,7 @@ class _Driver:
         self._crew = Crew(
             trainer.task,
             seed=self._config.seed,
-            with_train=self._config.evaluates_train,
+            looks=self._config.looks,
             world=self._config.workers,
             threads=self._config.worker_threads,
             places=Places(

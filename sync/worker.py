@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.errors import NonFiniteGradientError
+from paramserver.groups import Group
 from paramserver.layout import Layout
 from paramserver.optimizers import AnyOptimizer, Optimizer
+from paramserver.optimizers.grouped import grouped
 from paramserver.schedules import Schedule
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position, Snapshot, Status
@@ -49,6 +51,8 @@ class Plan:
     clip_reduced: Clip | None = None
     """Applied to the reduced gradient."""
     schedule: Schedule | None = None
+    groups: tuple[Group, ...] = ()
+    """The task's groups of parameters."""
     course: Course | None = None
     """The order and pace of the samples, if there is a curriculum."""
     average: Average | None = None
@@ -102,12 +106,14 @@ class Trainee:
         self._collective, self._plan = collective, plan
         self.cut = collective.cut
         """What the rule of this rank updates."""
+        rule = cast(Optimizer, plan.optimizer)
+        optimizer, schedule = grouped(rule, plan.schedule, plan.groups, plan.layout, self.cut)
         self._stepper = Stepper(
             collective,
-            cast(Optimizer, plan.optimizer),
+            optimizer,
             reduce=plan.reduce,
             clip=plan.clip_reduced,
-            schedule=plan.schedule,
+            schedule=schedule,
             average=plan.average,
         )
         self._bound = BoundModel(model, plan.layout, [range(plan.layout.numel)])

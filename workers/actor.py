@@ -21,7 +21,7 @@ from paramserver.transports.shared_memory import SharedMemoryConnection
 from workers.batches import Batches
 from workers.curriculum import Course
 from workers.estimate import GradientMode
-from workers.examiner import Examined, Examiner, Keep
+from workers.examiner import Examined, Examiner, Keep, Looks
 from workers.examples import Examples
 from workers.local import Local
 from workers.loop import Finished, train
@@ -161,10 +161,10 @@ class Worker:
 class Evaluator:
     """Evaluates consistent snapshots while the workers go on."""
 
-    def __init__(self, task: Task, seed: int, threads: int, with_train: bool) -> None:
+    def __init__(self, task: Task, seed: int, threads: int, looks: Looks) -> None:
         """Keep what `ready` needs."""
         torch.set_num_threads(threads)
-        self._task, self._seed, self._with_train = task, seed, with_train
+        self._task, self._seed, self._looks = task, seed, looks
         self._client: Client | None = None
 
     @cached_property
@@ -189,7 +189,7 @@ class Evaluator:
             servers.layout,
             servers.cuts,
             seed=self._seed,
-            with_train=self._with_train,
+            looks=self._looks,
         )
         self._client = servers.connect(-1, incarnation)
 

@@ -11,14 +11,16 @@ from typing import Literal, get_args
 
 from paramserver.averaging import Average
 from paramserver.clipping import Clip
+from paramserver.groups import Group
 from paramserver.schedules import Schedule
 from workers.curriculum import Course, Pacing
 from workers.difficulty import Difficulty, Loss, places
 from workers.estimate import GradientMode
+from workers.examiner import Looks
 from workers.holdout import held_out
 from workers.placement import Placement
 from workers.stopping import EarlyStopping
-from workers.task import Data, Task, is_minimised
+from workers.task import Data, Task, is_minimised, regrouped
 
 _HELD_OUT = 0.1
 """Share of the training samples that early stopping decides by, if nothing else is said."""
@@ -68,6 +70,15 @@ class RunConfig(Placement):
     schedule: Schedule | None = None
     """Learning-rate schedule, stepped by applied updates; None keeps the rate."""
 
+    group: tuple[Group, ...] = ()
+    """A part of the model with a learning rate, weight decay or schedule of its own: one of the
+    task's groups by its name, or parameters by a pattern, such as ``encoder:lr_factor=0.1`` or
+    ``*.bias:weight_decay=0``; may be given several times."""
+
+    freeze: tuple[str, ...] = ()
+    """A part of the model that stays as it is: a group of the task, or a pattern, such as
+    ``encoder`` or ``*.bias``; may be given several times."""
+
     average: Average | None = None
     """Average of the parameters after each update, evaluated in their place; None has none."""
 
@@ -80,6 +91,10 @@ class RunConfig(Placement):
 
     evaluate_every_s: float = 1.0
     """Seconds between evaluations on the test data; 0 evaluates only at the end."""
+
+    diagnostics: bool = True
+    """Whether evaluations look at the net as well: gradients by layer, saturated and dead units,
+    steps, gradient noise. In the evaluating process, and at most 5 % of the time."""
 
     checkpoint_every_s: float = 60.0
     """Seconds between checkpoints; 0 writes only the one at the end."""
@@ -108,6 +123,9 @@ class RunConfig(Placement):
         for name in ("out", "resume"):
             if isinstance(folder := getattr(self, name), str):  # what people write, if not mypy
                 object.__setattr__(self, name, Path(folder))
+        for name in ("group", "freeze"):
+            if not isinstance(several := getattr(self, name), tuple):
+                raise ValueError(f"{name} must be a tuple, such as ({several!r},)")
         for name, least in (("workers", 1), ("batch_size", 1), ("updates", 1), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -164,9 +182,19 @@ class RunConfig(Placement):
         return max(1, len(os.sched_getaffinity(0)) // self.workers)
 
     @property
-    def evaluates_train(self) -> bool:
-        """Whether evaluations are wanted on training samples, too."""
-        return self.early_stopping is not None and self.early_stopping.needs_train
+    def looks(self) -> Looks:
+        """What evaluations are to look at, beside the test and validation data."""
+        stopping = self.early_stopping
+        return Looks(train=stopping is not None and stopping.needs_train, inside=self.diagnostics)
+
+    def applied_to(self, task: Task) -> Task:
+        """Return ``task`` as this run trains it: with its groups, and samples held out.
+
+        Raises:
+            ValueError: A group is given twice.
+        """
+        frozen = tuple(Group(name=name, frozen=True) for name in self.freeze)
+        return self.with_validation(regrouped(task, (*self.group, *frozen)))
 
     def with_validation(self, task: Task) -> Task:
         """Return ``task`` with the part of its training samples held out that this run asks for."""

@@ -10,7 +10,8 @@ Whoever holds a snapshot examines it: an evaluator's process while workers go on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,16 @@ from torch import Tensor, nn
 
 from paramserver.layout import Layout
 from paramserver.rounds import Sample
+from workers.diagnostics import Diagnosis, Diagnostics
 from workers.gradients import BoundModel
 from workers.holdout import Selected
 from workers.packing import Packed, pack
 from workers.samples import Piece
 from workers.samples import indices as drawn
 from workers.task import Data, Task, evaluate, is_minimised, recalibrate_batchnorm
+
+DIAGNOSED_SHARE = 0.05
+"""Share of the time that looking at the net may take, in the process that evaluates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,17 @@ class Keep:
         return value < self.best if is_minimised(self.metric) else value > self.best
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looks:
+    """What evaluations look at, beside the test and validation data."""
+
+    train: bool = False
+    """Training samples: as many as the validation data have, the same ones every time."""
+    inside: bool = False
+    """The net itself, see `workers.diagnostics`, as long as that takes less than `DIAGNOSED_SHARE`
+    of the time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Examined:
     """What came of one version."""
@@ -50,6 +66,8 @@ class Examined:
     metrics: dict[str, float]
     params: Packed | None = None
     """The parameters, if they are to be kept."""
+    diagnosis: Diagnosis | None = None
+    """What the net looks like, if it was looked at."""
 
 
 class Examiner:
@@ -64,7 +82,8 @@ class Examiner:
         cuts: Sequence[range],
         *,
         seed: int,
-        with_train: bool = False,
+        looks: Looks = Looks(),  # frozen
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Make ready.
 
@@ -75,19 +94,23 @@ class Examiner:
             layout: Of ``model``.
             cuts: The ranges that parameters come in.
             seed: Of the run.
-            with_train: Whether to examine on training samples too: as many as the validation data
-                have, the same ones every time.
+            looks: At what, beside the test and validation data.
+            clock: Seconds, by which that time is told.
         """
         self._task, self._model, self._data, self._seed = task, model, data, seed
         self._bound = BoundModel(model, layout, cuts)
         self._parts = {"": data.test}
         if data.validation is not None:
             self._parts["validation_"] = data.validation
-        if with_train:
+        if looks.train:
             size = min(len(data.validation or data.test), len(data.train))
             piece = Piece(Sample("examined", size), round=0, number=0, of=1)
             indices = drawn(piece, len(data.train), seed)
             self._parts["train_"] = Selected(data.train, indices)
+        self._clock, self._next_look = clock, -math.inf
+        self._diagnostics = (
+            Diagnostics(task, model, layout, data.train, seed=seed) if looks.inside else None
+        )
 
     def examine(self, version: int, params: Sequence[Tensor], keep: Keep | None = None) -> Examined:
         """Return the metrics of ``params``, a vector a cut, and a copy of them if they are better.
@@ -102,6 +125,20 @@ class Examiner:
             for part, examples in self._parts.items()
             for name, value in evaluate(self._task, self._model, examples).items()
         }
-        if keep is None or not keep.better(metrics.get(keep.metric, math.nan)):
-            return Examined(version, metrics)
-        return Examined(version, metrics, pack(torch.cat(list(params))))
+        is_kept = keep is not None and keep.better(metrics.get(keep.metric, math.nan))
+        return Examined(
+            version,
+            metrics,
+            pack(torch.cat(list(params))) if is_kept else None,
+            self._look(version),
+        )
+
+    def _look(self, version: int) -> Diagnosis | None:
+        """Look at the net, unless it is too early for that."""
+        start = self._clock()
+        if self._diagnostics is None or start < self._next_look:
+            return None
+        diagnosis = self._diagnostics.look(version)
+        now = self._clock()
+        self._next_look = now + (now - start) / DIAGNOSED_SHARE
+        return diagnosis

@@ -12,6 +12,7 @@ from torch import Tensor
 from paramserver.averaging import AVERAGES
 from paramserver.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from paramserver.clipping import CLIPS
+from paramserver.groups import GROUPS
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
 from paramserver.record import Result, RunFolder, versions
@@ -19,6 +20,7 @@ from paramserver.registry import Registry
 from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig, Target
 from workers.curriculum import PACINGS
+from workers.diagnostics import Diagnosis
 from workers.difficulty import DIFFICULTIES
 from workers.examiner import Examined, Keep
 from workers.packing import unpack
@@ -37,12 +39,15 @@ _PLUGINS: Mapping[str, Registry[Any]] = {
     "curriculum": PACINGS,
     "difficulty": DIFFICULTIES,
     "early_stopping": STOPPINGS,
+    "group": GROUPS,
     "schedule": SCHEDULES,
 }
 
 
 def _plain(name: str, value: Any) -> Any:
     """Return a field's value as a record holds it."""
+    if isinstance(value, tuple):
+        return [_plain(name, one) for one in value]
     if value is not None and name in _PLUGINS:
         return _PLUGINS[name].describe(value)
     return value if isinstance(value, int | float | str | None) else str(value)
@@ -79,6 +84,8 @@ class Run:
             self._best = dict(load_checkpoint(folder.best, layout).extra["best"])
         self._final: dict[str, float] = {}
         self._failures: list[dict[str, Any]] = []
+        self._warnings: dict[str, str] = {}  # what diagnostics found wrong, by what it is about
+        self._wrong_now: Mapping[str, str] = {}  # at the version that was looked at last
         self._last_evaluation = self._last_checkpoint = self._last_line = 0.0
         self._counts = (0, 0.0)  # updates and seconds at the last line
         self._result: Result | None = None
@@ -147,6 +154,8 @@ class Run:
         metrics, version = examined.metrics, examined.version
         self._final = metrics
         self.folder.log({"kind": "test", **self._axes(status), "version": version, **metrics})
+        if examined.diagnosis is not None:
+            self._diagnosed(examined.diagnosis, status)
         # first, as it says what the metrics lack
         enough = None if self._stopper is None else self._stopper.evaluated(metrics)
         judged = self.keep or self._judged(self._task.headline)
@@ -186,6 +195,7 @@ class Run:
                     "run": self.folder.path.name,
                     "gradient_bytes": status["gradients"] * self._gradient_bytes,
                     "metrics": self._final,
+                    "warnings": list(self._wrong_now.values()),
                     "seconds": self.seconds,
                     "failures": self.num_failures,
                 }
@@ -226,6 +236,7 @@ class Run:
             "final": self._final,
             "best": self._best,
             "failures": self._failures,
+            "warnings": list(self._warnings.values()),
             "stopped_because": reason,
             **summary,
         }
@@ -247,6 +258,16 @@ class Run:
         """Return the finished run's result."""
         assert self._result is not None, "the run has not finished"
         return self._result
+
+    def _diagnosed(self, diagnosis: Diagnosis, status: Mapping[str, Any]) -> None:
+        """Record what the net looks like; warn once of everything that is wrong."""
+        line = {"version": diagnosis.version, **diagnosis.line()}
+        self.folder.log({"kind": "diagnostics", **self._axes(status), **line})
+        self._wrong_now = diagnosis.warnings
+        for about, what in diagnosis.warnings.items():
+            if about not in self._warnings:
+                self._warnings[about] = f"version {diagnosis.version:,}: {what}"
+                logger.warning("%s", self._warnings[about])
 
     def _judged(self, metric: str) -> Keep:
         """Return when a version is better by ``metric`` than the best so far."""

@@ -21,15 +21,16 @@ Tasks travel to workers with cloudpickle, so lambdas and local functions are wel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paramserver.errors import ParamServerError, TaskError
+from paramserver.groups import Group, freeze
 from workers.batches import Batches
 from workers.examples import Batch, Data, Examples, TensorExamples, as_examples
 
@@ -44,7 +45,9 @@ __all__ = [
     "build_model",
     "evaluate",
     "is_minimised",
+    "modes_of",
     "recalibrate_batchnorm",
+    "regrouped",
     "user_code",
 ]
 
@@ -82,6 +85,10 @@ class Task:
     constant. The Fisher matrix's diagonal takes it; nothing else does.
     """
 
+    groups: tuple[Group, ...] = ()
+    """Parts of the model that a run can name; those that ask for it have a learning rate, weight
+    decay or schedule of their own, or stay frozen. What is in none is trained as the run says."""
+
     described: Mapping[str, object] | None = None
     """The name and keys it was made from, ``{"name": …, key: value, …}``, for the record."""
 
@@ -92,6 +99,31 @@ class Task:
             raise ValueError(
                 f"headline must be 'loss' for a task without metrics, got {self.headline!r}"
             )
+        names = [group.name for group in self.groups]
+        if len(set(names)) < len(names):
+            raise ValueError(f"groups must have different names, got {', '.join(names)}")
+
+
+def regrouped(task: Task, groups: Sequence[Group]) -> Task:
+    """Return ``task`` with ``groups`` as well; one it has by that name is replaced.
+
+    The new one has the match of that in its place, unless it says another.
+
+    Raises:
+        ValueError: ``groups`` has a name twice.
+    """
+    names = [group.name for group in groups]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"group {twice} is given twice: say all that is its own in one place")
+    own = {group.name: group for group in task.groups}
+    new = {
+        group.name: replace(group, match=group.match or own[group.name].match)
+        if group.name in own
+        else group
+        for group in groups
+    }
+    return replace(task, groups=tuple({**own, **new}.values())) if new else task
 
 
 def is_minimised(metric: str) -> bool:
@@ -102,7 +134,10 @@ def is_minimised(metric: str) -> bool:
 def build_model(task: Task, seed: int) -> nn.Module:
     """Make the task's model from ``seed``; the process's own random state is left as it was.
 
+    What the task's groups freeze takes no gradient.
+
     Raises:
+        LayoutError: A group has no parameter, or all are frozen.
         TaskError: The task's factory failed; its error is the cause.
     """
     with torch.random.fork_rng(devices=[]), user_code(f"the model of task {task.name!r}"):
@@ -112,6 +147,7 @@ def build_model(task: Task, seed: int) -> nn.Module:
         raise TaskError(
             f"the model of task {task.name!r} must be a torch.nn.Module, got {type(model).__name__}"
         )
+    freeze(model, task.groups)
     return model
 
 
@@ -148,7 +184,7 @@ def evaluate(
     if len(examples) == 0:
         raise TaskError(f"task {task.name!r} has no examples to evaluate")
     totals: dict[str, float] = {}
-    with _modes_of(model), user_code(f"evaluating task {task.name!r}"):
+    with modes_of(model), user_code(f"evaluating task {task.name!r}"):
         model.eval()
         for start in range(0, len(examples), batch_size):
             indices = torch.arange(start, min(start + batch_size, len(examples)))
@@ -188,7 +224,7 @@ def recalibrate_batchnorm(
         return
     batches = Batches(len(examples), batch_size, seed=seed, worker=0, num_workers=1)
     momenta = [norm.momentum for norm in norms]
-    with _modes_of(model), torch.no_grad(), user_code(f"the loss of task {task.name!r}"):
+    with modes_of(model), torch.no_grad(), user_code(f"the loss of task {task.name!r}"):
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
@@ -217,7 +253,7 @@ def user_code(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _modes_of(model: nn.Module) -> Iterator[None]:
+def modes_of(model: nn.Module) -> Iterator[None]:
     """Give every module its training mode back, also where some were in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -140,7 +140,7 @@ def make_run(settings: Settings, folder: Path) -> Settings:
     assert result.checkpoint is not None, "a run that has ended has one"
     x = load_checkpoint(result.checkpoint).params
     model, data = build_model(what, seed), build_data(what)
-    layout = Layout.of(model)
+    layout = Layout.of(model, what.groups)
     layout.load(model, x)
     oracle = Oracle(what, model, layout, data.train, seed)
     train = evaluate(what, model, data.train)

@@ -32,7 +32,7 @@ class PushRule(LeanOptimizer):
     """Whether an element's update depends on that element alone, so that any cut into shards
     gives the same result."""
 
-    shows: ClassVar[bool] = False
+    shows: bool = False
     """Whether workers compute at what `show` writes; if not, at the parameters."""
 
     _plain_step: ClassVar[Callable[..., Any]]
@@ -44,6 +44,12 @@ class PushRule(LeanOptimizer):
         """
         super().__init_subclass__()
         cls._plain_step = inspect.unwrap(cls.step)
+
+    @property
+    def rate(self) -> float | Tensor:
+        """The learning rate now, as scheduled; shape ``(n,)`` where elements have their own."""
+        lr: float = self.param_groups[0]["lr"]
+        return lr
 
     def came_from(self, worker: int, clock: int, samples: int) -> None:
         """Hear whose push was taken, which of its pushes it is, and of how many samples.

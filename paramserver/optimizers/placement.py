@@ -110,7 +110,7 @@ class DANARule(LocalMomentumRule):
     `apply` without `show` is local momentum: the look-ahead is made by who computes at it.
     """
 
-    shows: ClassVar[bool] = True
+    shows = True
 
     _counted: frozenset[int] = frozenset()  # workers whose velocity is in the sum
     _sum: Tensor

@@ -26,6 +26,7 @@ from paramserver.ledger import Ledger
 from paramserver.optimizers import OPTIMIZERS, SGD, Adam
 from paramserver.record import Result
 from tests.support.kept import check_that_the_best_is_kept
+from tests.support.looked import check_that_the_net_was_looked_at, saturated
 from workers.config import RunConfig
 from workers.curriculum import PACINGS
 from workers.stopping import EarlyStopping, Overfitting, Patience
@@ -65,6 +66,18 @@ def test_a_run_leaves_the_record_a_real_one_does(tmp_path: Path) -> None:
     seconds = [line["seconds"] for line in tests[:-1]]
     assert seconds == [5.0 * n for n in range(1, int(record["seconds"] / 5) + 1)]
     assert tests[-1]["seconds"] == record["seconds"] == columns(tmp_path / "run")["end"][-1]
+
+
+def test_the_net_is_looked_at(tmp_path: Path) -> None:
+    check_that_the_net_was_looked_at(simulated(tmp_path / "run", task=saturated()))
+
+
+def test_looking_at_the_net_can_be_left_out(tmp_path: Path) -> None:
+    for name, diagnostics in (("with", True), ("without", False)):
+        simulated(tmp_path / name, task=saturated(), diagnostics=diagnostics)
+
+    assert '"diagnostics"' not in (tmp_path / "without" / "metrics.jsonl").read_text()
+    assert torch.equal(params(tmp_path / "with"), params(tmp_path / "without"))
 
 
 def test_measures_are_in_the_record_and_leave_the_run_as_it_was(tmp_path: Path) -> None:

@@ -166,6 +166,26 @@ def test_flags_reach_the_asynchronous_trainer(trainers: type[FakeTrainer]) -> No
     )
 
 
+def test_a_flag_of_several_values_is_given_several_times(
+    trainers: type[FakeTrainer], tmp_path: Path
+) -> None:
+    (tmp_path / "groups.toml").write_text(
+        'freeze = ["decoder"]\n[[group]]\nname = "encoder"\nlr_factor = 0.5\n'
+    )
+    argv = ["train", "--task", "digits-autoencoder"]
+
+    main([*argv, "--group", "encoder:lr_factor=0.1", "--group", "*.bias:weight_decay=0"])
+    main([*argv, "--config", str(tmp_path / "groups.toml")])
+
+    flags, file = (made.config for made in trainers.made)
+    assert [(g.name, g.lr_factor, g.weight_decay) for g in flags.group] == [
+        ("encoder", 0.1, None),
+        ("*.bias", 1.0, 0.0),
+    ]
+    assert [(g.name, g.lr_factor) for g in file.group] == [("encoder", 0.5)]
+    assert (flags.freeze, file.freeze) == ((), ("decoder",))
+
+
 def test_flags_reach_the_synchronous_trainer(trainers: type[FakeTrainer]) -> None:
     assert paramserver("train --mode sync --reduce sum --collective gloo --epochs 2") == 0
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -210,6 +211,41 @@ def test_measures_are_drawn_against_staleness(tmp_path: Path) -> None:
     assert 'aria-label="gap against staleness"' in page.path.read_text()
     assert "mean 0.5, max 1" in page.text
     assert "no value" in page.text  # of the step, which has no panel
+
+
+def test_the_page_looks_inside_the_net(tmp_path: Path) -> None:
+    folder = make_sync(tmp_path / "run")
+    for at in (20, 40):
+        folder.log(
+            {
+                "kind": "diagnostics",
+                **{"gradients": at, "updates": at, "seconds": at / 2, "version": at},
+                "gradient": {"0.weight": 0.25 / at, "0.bias": 0.5 / at},
+                "weight": {"0.weight": 7.0, "0.bias": 1.0},
+                "step": {"0.weight": 0.0013, "0.bias": 0.01} if at > 20 else {},
+                "units": {"layer 1 (relu)": {"dead": 0.625}},
+                "noise_scale": math.nan if at > 20 else 96.0,
+                "warnings": [],
+            }
+        )
+    folder.write_result(
+        {
+            **json.loads(folder.result.read_text()),
+            "warnings": ["version 40: 62 % of the units of 1 are dead"],
+        }
+    )
+
+    page = Page(write_report([folder.path]))
+
+    for said in (
+        "Inside the net",
+        "version 40: 62 % of the units of 1 are dead",
+        "62.5 % dead",
+        "0.00625",  # the last gradient of 0.weight
+        "0.0013",
+        "gradient noise scale",
+    ):
+        assert said in page.text or said in page.path.read_text(), said
 
 
 def test_of_many_workers_the_first_are_drawn(tmp_path: Path) -> None:

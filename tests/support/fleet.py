@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Fleet:
             [params.new_zeros(len(cut)) for _ in range(workers + 2)] for cut in self.cuts
         ]
         self.shards = [
-            Shard(params[cut.start : cut.stop], optimizer, buffers, version=version, **shard)
+            self.make(optimizer, cut, params[cut.start : cut.stop], buffers, version, shard)
             for cut, buffers in zip(self.cuts, self._buffers, strict=True)
         ]
         if state is not None:
@@ -50,6 +51,18 @@ class Fleet:
         self.read_versions: dict[int, int] = {}
         for worker in range(workers):
             self.read(worker)
+
+    def make(
+        self,
+        optimizer: Optimizer,
+        cut: range,
+        params: Tensor,
+        buffers: Sequence[Tensor],
+        version: int,
+        options: dict[str, Any],
+    ) -> Shard:
+        """Make the shard of ``cut``."""
+        return Shard(params, optimizer, buffers, version=version, **options)
 
     def order(self, action: Action, reader: int) -> list[Lease | None]:
         """Let all shards execute an order about ``reader``."""
@@ -83,8 +96,9 @@ class Fleet:
     def saved(self) -> OptimizerState:
         """Return the optimizer's state, joined."""
         self.order(Action.SAVE, -1)
-        parts = [shard.saved.rule for shard in self.shards if shard.saved is not None]
-        return gather_state(list(zip(self.cuts, parts, strict=True)))
+        parts = [shard.saved for shard in self.shards if shard.saved is not None]
+        rules = [(cut, part.rule) for cut, part in zip(self.cuts, parts, strict=True)]
+        return replace(gather_state(rules), schedule=parts[0].scheduler)
 
     @property
     def version(self) -> int:

@@ -35,6 +35,7 @@ from paramserver.recount import recount
 from paramserver.schedules import CosineOnce
 from tests.support.gate import once_at, slowed
 from tests.support.kept import check_that_the_best_is_kept
+from tests.support.looked import check_that_the_net_was_looked_at, saturated
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
@@ -71,6 +72,12 @@ def test_digits_reach_97_percent(tmp_path: Path) -> None:
     assert record["conservation"]["holds"]
     assert record["gradients"] == sum(int(n) for n in record["staleness"]["histogram"].values())
     assert result.checkpoint is not None
+
+
+def test_the_net_is_looked_at(tmp_path: Path) -> None:
+    config = RunConfig(workers=2, updates=60, evaluate_every_s=0, out=tmp_path / "run")
+
+    check_that_the_net_was_looked_at(AsyncTrainer(saturated(), Adam(), config, shards=2).fit())
 
 
 def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from paramserver.schedules import CosineOnce
 from sync.trainer import SyncTrainer
 from tests.support.gate import interrupt, once_at, slowed
 from tests.support.kept import check_that_the_best_is_kept
+from tests.support.looked import check_that_the_net_was_looked_at, saturated
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
 from workers.config import RunConfig
@@ -188,6 +189,12 @@ def test_digits_reach_97_percent_and_that_ends_the_run(tmp_path: Path) -> None:
     assert record["gradients"] == 2 * record["updates"]
     assert record["samples"] == 32 * record["gradients"]
     assert record["failures"] == []
+
+
+def test_the_net_is_looked_at(tmp_path: Path) -> None:
+    config = RunConfig(workers=2, updates=60, evaluate_every_s=0, out=tmp_path / "run")
+
+    check_that_the_net_was_looked_at(SyncTrainer(saturated(), Momentum(lr=0.01), config).fit())
 
 
 def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:

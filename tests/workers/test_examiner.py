@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.layout import Layout
-from workers.examiner import Examiner, Keep
+from workers.examiner import Examiner, Keep, Looks
 from workers.examples import Batch, Data, TensorExamples
 from workers.packing import unpack
 from workers.task import Task
@@ -24,13 +24,12 @@ def distance(model: nn.Module, batch: Batch) -> Tensor:
     return (model.at - batch[0]).square().mean()
 
 
-def examiner(data: Data, *, with_train: bool = False) -> tuple[Examiner, Layout]:
+def examiner(data: Data, *, train: bool = False) -> tuple[Examiner, Layout]:
     task = Task(name="number", model=Number, data=lambda: data, loss=distance, headline="loss")
     model = task.model()
     layout = Layout.of(model)
-    return Examiner(
-        task, model, data, layout, [range(layout.numel)], seed=0, with_train=with_train
-    ), layout
+    looks = Looks(train=train)
+    return Examiner(task, model, data, layout, [range(layout.numel)], seed=0, looks=looks), layout
 
 
 def at(value: float, layout: Layout) -> list[Tensor]:
@@ -44,7 +43,7 @@ def of(*values: float) -> TensorExamples:
 
 
 def test_every_part_of_the_data_has_its_metrics() -> None:
-    look, layout = examiner(Data(of(5, 5, 5), of(1, 3), of(4, 4)), with_train=True)
+    look, layout = examiner(Data(of(5, 5, 5), of(1, 3), of(4, 4)), train=True)
 
     found = look.examine(7, at(2.0, layout))
 
@@ -55,7 +54,7 @@ def test_every_part_of_the_data_has_its_metrics() -> None:
 
 def test_as_many_training_samples_as_the_validation_data_has_and_the_same_ones() -> None:
     train = of(1, 10, 100, 1000)
-    look, layout = examiner(Data(train, of(0), of(0, 0)), with_train=True)
+    look, layout = examiner(Data(train, of(0), of(0, 0)), train=True)
 
     first, second = (look.examine(0, at(0.0, layout)).metrics["train_loss"] for _ in range(2))
 

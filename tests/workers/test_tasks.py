@@ -175,7 +175,10 @@ def test_without_noise_every_batch_gives_the_closed_form_of_gradient_descent() -
         ("digits:width=8", "has no key 'width'; it has hidden"),
         ("digits:hidden", "task 'digits': 'hidden' is not key=value"),
         ("digit", "did you mean 'digits'"),
-        ("cifar", "there are digits, fashion-mnist, logistic, mnist, quadratic"),
+        (
+            "cifar",
+            "there are digits, digits-autoencoder, fashion-mnist, logistic, mnist, quadratic",
+        ),
     ],
 )
 def test_texts_that_mean_nothing_say_what_is_valid(text: str, message: str) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 from workers.task import Data, Task, TensorExamples
 from workers.tasks.classification import accuracy, cross_entropy, mlp, sample_classes
 
+PIXELS = 64
+"""Of an image."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digits:
@@ -30,15 +33,15 @@ class Digits:
         """Return the task; a fifth of each class is for testing."""
         return Task(
             name="digits",
-            model=partial(mlp, 64, (self.hidden,), 10),
-            data=_digits,
+            model=partial(mlp, PIXELS, (self.hidden,), 10),
+            data=read_digits,
             loss=cross_entropy,
             metrics=accuracy,
             sample_targets=sample_classes,
         )
 
 
-def _digits() -> Data:
+def read_digits() -> Data:
     """Load the digits, pixels of mean 0 and deviation 1, and split them; always the same split."""
     table = torch.from_numpy(np.loadtxt(_file(), delimiter=",", dtype=np.int64))
     images, classes = table[:, :-1], table[:, -1]

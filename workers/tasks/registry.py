@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from paramserver.errors import PluginError, TaskError
 from paramserver.registry import Registry
 from workers.task import Task, user_code
+from workers.tasks.autoencoder import DigitsAutoencoder
 from workers.tasks.digits import Digits
 from workers.tasks.images import FashionMnist, Mnist
 from workers.tasks.logistic import Logistic
@@ -45,6 +46,9 @@ class TaskRegistry(Registry[TaskSpec]):
 
 TASKS = TaskRegistry("task")
 TASKS.register("digits", Digits, source="UCI optical digits, as in scikit-learn")
+TASKS.register(
+    "digits-autoencoder", DigitsAutoencoder, source="UCI optical digits, as in scikit-learn"
+)
 TASKS.register("mnist", Mnist, source="LeCun et al., Proc. IEEE 86(11), 1998")
 TASKS.register("fashion-mnist", FashionMnist, source="Xiao et al., arXiv:1708.07747")
 TASKS.register("quadratic", Quadratic)
