@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import ray
 
+from async_sgd.carried import state_figures
 from async_sgd.evaluations import Evaluations
 from async_sgd.plan import Plan
 from paramserver.actor import ShardActor
@@ -76,6 +77,7 @@ class Fleet:
             "gradients": int(extra.get("gradients", 0)),
             "samples": int(extra.get("samples", 0)),
         }
+        self._ledger: Ledger | None = None  # as it was at the last checkpoint
         self._has_failed = False
         self._task_ref, self._course_ref = ray.put(plan.task), ray.put(plan.course)
         self._measures: dict[str, Any] = {}  # of the pushes up to the last checkpoint
@@ -269,6 +271,7 @@ class Fleet:
         parts: list[Saved] = [saved, *self._get(others, "saving")]
         ledger.measure(self._plan.measures(parts))
         self._measures = summary(ledger.columns())
+        self._ledger = ledger
         self._run.save(self._plan.checkpoint(parts, progress), ledger)
 
     def _stop(self, reason: str) -> None:
@@ -300,6 +303,8 @@ class Fleet:
         (told,) = self._get([self._shards[0].summary.remote()], "reading the ledger")
         if self._plan.measure:
             told["measures"] = self._measures
+        if self._ledger is not None:
+            told.update(state_figures(self._plan, self._ledger))
         return {**told, "threads": self._threads}
 
     def _fail(self, error: BaseException) -> NoReturn:

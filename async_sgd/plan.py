@@ -31,6 +31,7 @@ from workers.config import RunConfig
 from workers.curriculum import Course
 from workers.local import Local
 from workers.task import Task
+from workers.windows import Windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class Plan:
     cuts: tuple[range, ...]
     num_train: int
     """Training samples."""
+    windows: Windows | None
+    """Those of worker 0, if the task is recurrent and workers carry a state; all have such ones."""
     described: Mapping[str, object]
     """The optimizer, as the record holds it."""
     progress: Callable[[Mapping[str, Any]], None] | None

@@ -186,7 +186,12 @@ class Replay:
         assert isinstance(shard, Shard), "round programs were refused"
         batch_size = config.batch_size or plan.task.batch_size
         samples = Samples(
-            ready.data.train, batch_size, config.workers, seed=config.seed, course=plan.course
+            plan.task,
+            ready.data.train,
+            batch_size,
+            config.workers,
+            seed=config.seed,
+            course=plan.course,
         )
         model = build_model(plan.task, config.seed)
         gradients = OneByOne(

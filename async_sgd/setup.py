@@ -37,10 +37,11 @@ from workers.config import RunConfig
 from workers.curriculum import PACINGS
 from workers.difficulty import DIFFICULTIES
 from workers.local import LOCALS, Local
-from workers.programs import check_config, check_samples
+from workers.programs import check_config, check_recurrent, check_samples
 from workers.stopping import STOPPINGS
-from workers.task import Data, Task, build_data, build_model
+from workers.task import Data, Task, batches_of, build_data, build_model
 from workers.tasks import task as find_task
+from workers.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ class Setup:
         check_measures(self.measure)
         self._check_program()
         self._check_groups()
+        is_program = self.program is not None or self.form is not None
+        check_recurrent(task, config, self.optimizer_name if is_program else None)
         if local is not None:
             self._check_local(local)
         self._check_workers()
@@ -183,6 +186,7 @@ class Setup:
             layout=layout,
             cuts=cuts,
             num_train=num_train,
+            windows=self._windows(data),
             described=described if self.form is None else {**described, "form": "pushes"},
             progress=progress,
         )
@@ -196,6 +200,16 @@ class Setup:
             name = LOCALS.name_of(self.local)
             refuse_groups(self.task.groups, f"local {name}", instead="no local steps")
 
+    def _windows(self, data: Data) -> Windows | None:
+        """Return worker 0's, if workers read windows; ValueError if there are too few for all."""
+        c, task = self.config, self.task
+        if task.recurrent is None or self.program is not None or self.form is not None:
+            return None
+        size = c.batch_size or task.batch_size
+        windows = batches_of(task, data.train, size, seed=c.seed, worker=0, num_workers=c.workers)
+        assert isinstance(windows, Windows), "a recurrent task has windows"
+        return windows
+
     def _check_workers(self) -> None:
         """Raise ValueError if workers' gradients become one that must be told apart."""
         if is_per_worker(self.optimizer) and self.rule.build(self.config.workers).gathers:
@@ -208,6 +222,11 @@ class Setup:
 
     def _check_cancel(self) -> None:
         """Raise ValueError for what cannot be given up half way."""
+        if self.task.recurrent is not None and self.task.recurrent.reset == "never":
+            raise ValueError(
+                f"task {self.task.name} carries a state from window to window, and a rule with "
+                "cancel=true gives up windows half way: leave cancel out, or use reset=pull"
+            )
         if self.form is not None:
             raise ValueError(
                 f"{self.optimizer_name} keeps points from push to push, and a rule with "

@@ -20,6 +20,7 @@ from paramserver.clipping import Clip
 from paramserver.errors import NonFiniteGradientError
 from paramserver.groups import Group
 from paramserver.layout import Layout
+from paramserver.ledger import StalenessStats
 from paramserver.optimizers import AnyOptimizer, Optimizer
 from paramserver.optimizers.grouped import grouped
 from paramserver.schedules import Schedule
@@ -27,12 +28,14 @@ from sync.collective import Collective
 from sync.desk import Desk, Part, Position, Snapshot, Status
 from sync.replicas import check_equal
 from sync.step import Outcome, Reduce, Report, Stepper
-from workers.batches import Batches, seed_step
+from workers.batches import seed_step
 from workers.curriculum import Course
 from workers.estimate import Estimator, GradientMode
 from workers.examples import Examples
 from workers.gradients import BoundModel
-from workers.task import Task
+from workers.own import Kept
+from workers.recurrent import Carried
+from workers.task import Task, batches_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,8 @@ class Finished:
     """None if the driver wanted it to end."""
     part: Part
     status: Status
+    states: StalenessStats | None = None
+    """How stale the states were that this rank carried, if the task is recurrent."""
 
 
 class Trainee:
@@ -127,16 +132,20 @@ class Trainee:
             seed=plan.seed,
             clip=plan.clip_own,
         )
-        self._batches = Batches(
-            len(examples),
+        self._batches = batches_of(
+            task,
+            examples,
             plan.batch_size,
             seed=plan.seed,
             worker=collective.rank,
             num_workers=collective.world,
             course=plan.course,
         )
+        self._kept = Kept.at_first(task, None)
+        self._states = StalenessStats()
         self._names = [slot.name for slot in plan.layout.slots] + ["loss"]
         self._position = Position()
+        self._state_version = 0  # that of the parameters which made the carried state
 
     def load(
         self,
@@ -189,7 +198,8 @@ class Trainee:
                 if self._position.clock % plan.compare_every == 0:
                     self._compare()
             self._compare()
-            return Finished(reason, self._part(), status)
+            states = None if self._kept.carried is None else self._states
+            return Finished(reason, self._part(), status, states)
         except NonFiniteGradientError:
             desk.lay(self._part())  # all ranks are at the end of the same step: it can be kept
             raise
@@ -201,11 +211,10 @@ class Trainee:
         start = time.perf_counter()
         clock = self._position.clock
         seed_step(self._plan.seed, self._collective.rank, clock)
-        indices = self._batches.indices(clock, self._position.version)
-        batch = self._examples.batch(indices)
-        done = self._compute(batch, self._collective.rank, clock)
+        batch = self._batches.read(self._examples, clock, self._position.version)
+        done = self._compute(batch, self._collective.rank, clock, self._carried())
         return Report(
-            samples=len(indices),
+            samples=self._batches.batch_size,
             loss=done.loss,
             norm=done.norm,
             seconds=time.perf_counter() - start,
@@ -214,6 +223,18 @@ class Trainee:
             save=desk.save,
             show=desk.show.is_set(),
         )
+
+    def _carried(self) -> Carried | None:
+        """Return what holds this rank's state, if the task is recurrent; count how stale it is."""
+        kept, position = self._kept, self._position
+        if kept.carried is None:
+            return None
+        if kept.resets:
+            kept.carried.reset()
+        elif kept.carried.at(position.clock) is not None:
+            self._states.add(self._collective.rank, position.version - self._state_version)
+        self._state_version = position.version
+        return kept.carried
 
     def _account(self, outcome: Outcome, status: Status) -> Status:
         """Move on from a step; a gradient that is not finite ends the run if the plan says so."""

@@ -18,7 +18,6 @@ from paramserver.layout import Layout
 from paramserver.messages import Kind, Message
 from paramserver.optimizers.push_form import PushForm
 from paramserver.transports.shared_memory import SharedMemoryConnection
-from workers.batches import Batches
 from workers.curriculum import Course
 from workers.estimate import GradientMode
 from workers.examiner import Examined, Examiner, Keep, Looks
@@ -28,7 +27,7 @@ from workers.loop import Finished, train
 from workers.oracles import Oracle
 from workers.pieces import answer
 from workers.pushes import Maker, push
-from workers.task import Data, Task, build_data, build_model
+from workers.task import Data, Task, batches_of, build_data, build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +117,9 @@ class Worker:
         looks: bool = False,
     ) -> Finished:
         """Train until the run has ended; see `workers.loop.train`."""
-        batches = Batches(
-            len(self._examples),
+        batches = batches_of(
+            self._task,
+            self._examples,
             batch_size,
             seed=self._seed,
             worker=worker,

@@ -18,6 +18,7 @@ from workers.tasks.digits import Digits
 from workers.tasks.images import FashionMnist, Mnist
 from workers.tasks.logistic import Logistic
 from workers.tasks.quadratic import Quadratic
+from workers.tasks.text import TinyShakespeare
 
 
 class TaskSpec(Protocol):
@@ -52,6 +53,7 @@ TASKS.register(
 TASKS.register("mnist", Mnist, source="LeCun et al., Proc. IEEE 86(11), 1998")
 TASKS.register("fashion-mnist", FashionMnist, source="Xiao et al., arXiv:1708.07747")
 TASKS.register("quadratic", Quadratic)
+TASKS.register("tinyshakespeare", TinyShakespeare, source="Karpathy, char-rnn, 2015")
 TASKS.register("logistic", Logistic, source="UCI Adult; features as LIBSVM's a9a")
 
 
