@@ -5,8 +5,8 @@
     streams 1 and 3; window after window, then anew
 
 All streams are equally long, so those of a worker begin and end together; what is left over, fewer
-steps than there are streams, is not read. A stream's last window is shorter if k1 does not divide
-its length. Nothing here is random: a window depends on (worker, clock) alone.
+steps than there are streams, is not read. A stream's last window counts fewer steps if k1 does not
+divide its length. Nothing here is random: a window depends on (worker, clock) alone.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Series(Examples, Protocol):
         The tensors have shapes ``(n, steps, …)``.
         """
 
+    def part(self, steps: range) -> Series:
+        """Return these ``steps`` alone, windows as long."""
+
 
 class TensorSeries:
     """Steps held in tensors whose first dimension counts them; a `Series`."""
@@ -67,6 +70,11 @@ class TensorSeries:
     def batch(self, indices: Tensor) -> Batch:
         """Copy the examples ``indices``, int64 of shape ``(n,)``, in that order."""
         return self.read(indices * self.window, self.window)
+
+    def part(self, steps: range) -> TensorSeries:
+        """Return these ``steps`` alone; they are not copied."""
+        kept = (tensor[steps.start : steps.stop] for tensor in self._tensors)
+        return TensorSeries(*kept, window=self.window)
 
     def read(self, starts: Tensor, steps: int) -> Batch:
         """Copy ``steps`` steps from each of ``starts`` on."""

@@ -27,6 +27,10 @@ NAMED: Mapping[str, tuple[str, str]] = {
         "deploy.experiment.momentum_placement",
         "why momentum on the server fails, and DANA does not (Hakimi et al.)",
     ),
+    "truncation": (
+        "deploy.experiment.truncation",
+        "a recurrent net clipped, not clipped, and by windows too long (Pascanu et al.)",
+    ),
     "batch-size": (
         "deploy.experiment.batch_size",
         "noise, speed, generalisation gap and sharpness by batch size (Keskar et al.)",
