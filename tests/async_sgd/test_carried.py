@@ -25,7 +25,7 @@ from paramserver.optimizers import LBFGS, SGD
 from paramserver.progress import Budget
 from paramserver.record import Result
 from tests.support.clusters import MemoryCluster
-from tests.support.recurrences import by_hand, half_squares, recurrence_task
+from tests.support.recurrences import half_squares, recurrence_task, trained_by_hand
 from workers.config import RunConfig
 from workers.curriculum import Linear
 from workers.local import LOCALS
@@ -79,30 +79,8 @@ def windows_of(task: Task) -> Windows:
     return found
 
 
-def plain(
-    task: Task, updates: int, *, fresh_at: set[int] | None = None, lost: set[int] | None = None
-) -> list[float]:
-    """Train by the closed form; ``fresh_at`` a window there is no state, ``lost`` no step."""
-    how, data = task.recurrent, build_data(task).train
-    assert how is not None
-    assert isinstance(data, Series)
-    inputs, targets = data.read(torch.tensor([0]), data.num_steps)
-    x, y = inputs[0].tolist(), targets[0].tolist()
-    model = build_model(task, 0)
-    a, b = (float(p.detach()) for p in model.parameters())
-    losses, state = [], 0.0
-    for update in range(updates):
-        start = update * how.k1 % len(x)
-        if start == 0 or update in (fresh_at or set()) or how.reset == "pull":
-            state = 0.0
-        counted = range(start, start + how.k1)
-        loss, by_a, by_b = by_hand(a, b, x, y, start, counted, state)
-        for step in counted:
-            state = a * state + b * x[step]
-        if update not in (lost or set()):
-            a, b = a - LR * by_a, b - LR * by_b
-            losses.append(loss)
-    return losses
+def plain(task: Task, updates: int, **options: set[int]) -> list[float]:
+    return trained_by_hand(task, updates, lr=LR, **options)
 
 
 @pytest.mark.parametrize("reset", ["never", "pull"])

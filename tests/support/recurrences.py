@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -100,3 +100,42 @@ def by_hand(
         by_a += off * sum(a ** (t - j) * h[j - 1] for j in range(first, t + 1))
         by_b += off * sum(a ** (t - j) * x[j] for j in range(first, t + 1))
     return loss / len(counted), by_a / len(counted), by_b / len(counted)
+
+
+def trained_by_hand(
+    task: Task, updates: int, *, lr: float, num_streams: int = 1,
+    fresh_at: Collection[int] = (), lost: Collection[int] = (),
+) -> list[float]:  # fmt: skip
+    """Train by the closed form with plain SGD, windows of k2 = k1; return the losses.
+
+    Args:
+        task: From `recurrence_task`.
+        updates: Windows in all.
+        lr: Learning rate.
+        num_streams: Read side by side; a gradient is the mean over them.
+        fresh_at: Windows that begin with the initial state, beside those that begin a stream.
+        lost: Windows without a step; their loss is left out.
+    """
+    how, data = task.recurrent, task.data().train
+    assert how is not None
+    assert isinstance(data, TensorSeries)
+    length = data.num_steps // num_streams
+    inputs, targets = data.read(length * torch.arange(num_streams), length)
+    model = task.model()
+    a, b = (float(p.detach()) for p in model.parameters())
+    losses, states = [], [0.0] * num_streams
+    for update in range(updates):
+        start = update * how.k1 % length
+        counted = range(start, start + how.k1)
+        if start == 0 or update in fresh_at or how.reset == "pull":
+            states = [0.0] * num_streams
+        found = []
+        for stream, (x, y) in enumerate(zip(inputs.tolist(), targets.tolist(), strict=True)):
+            found.append(by_hand(a, b, x, y, start, counted, states[stream]))
+            for step in counted:
+                states[stream] = a * states[stream] + b * x[step]
+        if update not in lost:
+            loss, by_a, by_b = (sum(part) / num_streams for part in zip(*found, strict=True))
+            a, b = a - lr * by_a, b - lr * by_b
+            losses.append(loss)
+    return losses
