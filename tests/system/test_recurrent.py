@@ -64,4 +64,4 @@ def test_ranks_carry_states_that_are_one_version_old(tmp_path: Path) -> None:
 
     result = SyncTrainer(recurrence_task(4, num_steps=800), SGD(lr=0.01), config).fit()
 
-    assert result.record["state_staleness"]["histogram"] == {"1": 29}
+    assert result.record["state_staleness"]["histogram"] == {1: 29}
