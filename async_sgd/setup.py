@@ -40,7 +40,7 @@ from workers.local import LOCALS, Local
 from workers.programs import check_config, check_recurrent, check_samples
 from workers.stopping import STOPPINGS
 from workers.task import Data, Task, batches_of, build_data, build_model
-from workers.tasks import task as find_task
+from workers.tasks import recorded_task
 from workers.windows import Windows
 
 
@@ -389,11 +389,7 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
         RecordError: The configuration lacks something.
         PluginError: It names plug-ins that do not exist here.
     """
-    if given is None:
-        described = config.get("task")
-        if not isinstance(described, Mapping):
-            raise RecordError(f"{folder} does not say how its task {described!r} is made: give it")
-        given = find_task(described)
+    trained = recorded_task(folder, config, given)
 
     def built(name: str, registry: Registry[Any]) -> Any:
         value = config.get(name)
@@ -405,7 +401,7 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
     )  # fmt: skip
     try:
         return Setup(
-            given,
+            trained,
             OPTIMIZERS.build(config["optimizer"]),
             RunConfig(
                 **{name: config[name] for name in plain},

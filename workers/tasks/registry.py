@@ -8,9 +8,10 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, cast
 
-from paramserver.errors import PluginError, TaskError
+from paramserver.errors import PluginError, RecordError, TaskError
 from paramserver.registry import Registry
 from workers.task import Task, user_code
 from workers.tasks.autoencoder import DigitsAutoencoder
@@ -83,6 +84,21 @@ def task(described: Task | TaskSpec | Mapping[str, object] | str) -> Task:
     if not isinstance(built, Task):
         raise TaskError(f"task {name} must be a Task, got {type(built).__name__}")
     return dataclasses.replace(built, described=TASKS.describe(spec))
+
+
+def recorded_task(folder: Path, config: Mapping[str, Any], given: Task | None) -> Task:
+    """Return what the configuration in the record ``folder`` says was trained, or ``given``.
+
+    Raises:
+        RecordError: It does not say.
+        PluginError: It names a task that does not exist here.
+    """
+    if given is not None:
+        return given
+    described = config.get("task")
+    if not isinstance(described, Mapping):
+        raise RecordError(f"{folder} does not say how its task {described!r} is made: give it")
+    return task(described)
 
 
 def _find(module: str, attribute: str) -> object:
