@@ -144,7 +144,7 @@ def _task(window: int) -> str:
 
 
 def _epochs(bench: Bench) -> float:
-    return 0.01 if bench.quick else 1.0
+    return 0.01 if bench.quick else 1.5
 
 
 def _grid(bench: Bench, seeds: Sequence[int], window: int, *, clip: bool) -> Grid:

@@ -195,8 +195,8 @@ def _contour(surface: Surface) -> Figure:
 def _landscape(surface: Surface, colours: Mapping[str, str]) -> Figure:
     is_log = _is_wide(surface.losses)
     heights = _heights(surface.losses, is_log=is_log)
-    figure = Figure(figsize=(plots.WIDTH, 7.2))
-    axes: Any = figure.add_axes((0.05, 0.0, 0.9, 0.92), projection="3d", computed_zorder=False)
+    figure = Figure(figsize=(plots.WIDTH, 6.6))
+    axes: Any = figure.add_axes((0.0, 0.03, 1.0, 0.92), projection="3d", computed_zorder=False)
     lowest, highest = float(np.nanmin(heights)), float(np.nanmax(heights))
     axes.plot_surface(
         *np.meshgrid(*surface.axes), heights, cmap=_COLOURS, vmin=lowest, vmax=highest,
@@ -219,7 +219,7 @@ def _landscape(surface: Surface, colours: Mapping[str, str]) -> Figure:
     axes.zaxis.set_major_formatter(_written(is_log))
     axes.set_zlabel(f"{surface.config.data} loss")
     axes.view_init(elev=38, azim=-58)
-    axes.set_box_aspect((1, 1, 0.62), zoom=0.95)
+    axes.set_box_aspect((1, 1, 0.62), zoom=1.0)
     return figure
 
 

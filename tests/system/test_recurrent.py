@@ -43,6 +43,7 @@ def test_two_asynchronous_workers_are_under_1_9_nats_a_character(cell: str, tmp_
     assert record["state_staleness"]["mean"] == pytest.approx(2, abs=0.1)
 
 
+@pytest.mark.long
 def test_a_resumed_run_carries_no_state_over(tmp_path: Path) -> None:
     task = recurrence_task(4, num_steps=4 * 2 * 100)  # one pass takes 100 clocks
     config = {"workers": 2, "evaluate_every_s": 0}
