@@ -20,6 +20,7 @@ from deploy.surface.heights import Ground, heights
 from paramserver.checkpoint import load_checkpoint
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
+from paramserver.groups import GROUPS
 from paramserver.layout import Layout
 from paramserver.record import RunFolder, read_record
 from paramserver.trajectory import Snapshots, read_trajectory
@@ -182,7 +183,7 @@ def look(
     """
     config = config or SurfaceConfig()
     trained, run = _trained(folder, task)
-    layout = Layout.of(build_model(trained, run.seed))
+    layout = Layout.of(build_model(trained, run.seed), trained.groups)
     _check_part(trained, config.data)
     snapshots = _snapshots(folder, layout)
     slice_, shares, marks = _laid(folder, config, layout, snapshots)
@@ -211,7 +212,7 @@ def look(
 
 
 def _trained(folder: Path, given: Task | None) -> tuple[Task, RunConfig]:
-    """Return the task with the samples held out that the run held out, and its configuration."""
+    """Return the task as the run trained it, and as much of the configuration as that takes."""
     config = read_record(folder).config
     trained = recorded_task(folder, config, given)
     try:
@@ -220,12 +221,14 @@ def _trained(folder: Path, given: Task | None) -> tuple[Task, RunConfig]:
             seed=config["seed"],
             validation=config["validation"],
             early_stopping=None if stopping is None else STOPPINGS.build(stopping),
+            group=tuple(GROUPS.build(group) for group in config.get("group", ())),
+            freeze=tuple(config.get("freeze", ())),
         )
     except KeyError as error:
         raise RecordError(
             f"{folder} was written by another version of this library: it has no {error}"
         ) from error
-    return run.with_validation(trained), run
+    return run.applied_to(trained), run
 
 
 def _check_part(task: Task, part: Part) -> None:

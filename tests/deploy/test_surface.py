@@ -188,6 +188,16 @@ def test_held_out_samples_are_those_the_run_held_out(tmp_path: Path) -> None:
     assert surface.path_losses[-1] == pytest.approx(last["validation_loss"], rel=1e-9)
 
 
+def test_parts_that_are_frozen_stay_where_they_are(tmp_path: Path) -> None:
+    out = trained(tmp_path / "run", freeze=("bias",))
+    result = json.loads((out / "result.json").read_text())
+
+    surface = seen(out, along="between", dims=1, points=3, data="test")
+
+    assert surface.slice.origin.shape == (64,)  # the weight alone
+    assert surface.path_losses[-1] == pytest.approx(result["final"]["loss"], rel=1e-9)
+
+
 def test_samples_are_drawn_by_the_seed(folder: Path) -> None:
     few, again, others = (
         seen(folder, dims=1, points=3, samples=7, seed=seed).losses for seed in (0, 0, 1)
