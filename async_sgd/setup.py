@@ -17,30 +17,22 @@ from async_sgd.rules.asynchronous import Asynchronous
 from async_sgd.rules.pieces import Pieces
 from async_sgd.rules.ssp import SSP
 from paramserver.averaged_state import check_average
-from paramserver.averaging import AVERAGES
 from paramserver.checkpoint import Checkpoint
-from paramserver.clipping import CLIPS
 from paramserver.compensation import Compensation, check_compensation
-from paramserver.errors import CheckpointError, RecordError
-from paramserver.groups import GROUPS, described_with, refuse_groups
+from paramserver.errors import CheckpointError
+from paramserver.groups import described_with, refuse_groups
 from paramserver.layout import Layout
 from paramserver.measures import check_measures
 from paramserver.optimizers import OPTIMIZERS, SGD, AnyOptimizer, Optimizer
 from paramserver.optimizers.base import is_per_worker, needs_norm
 from paramserver.optimizers.grouped import check_groups
 from paramserver.optimizers.push_form import PushForm
-from paramserver.registry import Registry
 from paramserver.rounds import RoundOptimizer, build_program, check_size
 from paramserver.rules import Damping, RuleSpec
-from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig
-from workers.curriculum import PACINGS
-from workers.difficulty import DIFFICULTIES
 from workers.local import LOCALS, Local
 from workers.programs import check_config, check_recurrent, check_samples
-from workers.stopping import STOPPINGS
 from workers.task import Data, Task, batches_of, build_data, build_model
-from workers.tasks import recorded_task
 from workers.windows import Windows
 
 
@@ -375,53 +367,3 @@ class Setup:
             raise ValueError(
                 f"{name} needs the whole vector in one place: use 1 shard, not {self.shards}"
             )
-
-
-def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) -> Setup:
-    """Build again what the configuration in the record ``folder`` describes, on one shard.
-
-    Args:
-        folder: Of the record.
-        config: Its configuration.
-        given: What was trained, if the configuration cannot name it; None takes its name.
-
-    Raises:
-        RecordError: The configuration lacks something.
-        PluginError: It names plug-ins that do not exist here.
-    """
-    trained = recorded_task(folder, config, given)
-
-    def built(name: str, registry: Registry[Any]) -> Any:
-        value = config.get(name)
-        return None if value is None else registry.build(value)
-
-    plain = (
-        "workers", "batch_size", "epochs", "updates", "validation", "seed", "gradient", "on_nan",
-        "threads",
-    )  # fmt: skip
-    try:
-        return Setup(
-            trained,
-            OPTIMIZERS.build(config["optimizer"]),
-            RunConfig(
-                **{name: config[name] for name in plain},
-                curriculum=built("curriculum", PACINGS),
-                difficulty=built("difficulty", DIFFICULTIES),
-                early_stopping=built("early_stopping", STOPPINGS),
-                clip=built("clip", CLIPS),
-                schedule=built("schedule", SCHEDULES),
-                group=tuple(GROUPS.build(group) for group in config.get("group", ())),
-                freeze=tuple(config.get("freeze", ())),
-                average=built("average", AVERAGES),
-            ),
-            rule=built("rule", RULES),
-            damping=built("damping", DAMPINGS),
-            compensation=built("compensation", COMPENSATIONS),
-            local=built("local", LOCALS),
-            measure=config.get("measure", ()),
-            shards=1,
-        )
-    except KeyError as error:
-        raise RecordError(
-            f"{folder} was written by another version of this library: it has no {error}"
-        ) from error

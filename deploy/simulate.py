@@ -10,7 +10,7 @@ from typing import Any
 from async_sgd.calibration import calibrate
 from async_sgd.delays import DELAYS, DelayLaw, Exponential
 from async_sgd.network import Network
-from async_sgd.setup import recorded_setup
+from async_sgd.recorded import recorded_setup
 from async_sgd.simulation import Change
 from async_sgd.simulator import REAL_ONLY, Simulator
 from deploy.flags import Flags, Parser, UsageError, spell
