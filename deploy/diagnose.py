@@ -8,14 +8,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from deploy.bar import Bar
 from deploy.curvature import Curvature, Ground, curvature
 from deploy.flags import Flags, Parser, UsageError
 from deploy.report import write_report
@@ -38,7 +37,7 @@ class DiagnoseConfig:
     """Where to look, and how closely."""
 
     at: At | None = None
-    """Parameters of the ``end`` or of the ``best`` version; the best unless given, if it was kept."""
+    """Version to look at, the ``end`` or the ``best``; unless given, the best if it was kept."""
 
     data: Part = "train"
     """Samples the loss is of."""
@@ -145,7 +144,7 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(argv[0])
     given = None if flags.task is None else find_task(flags.task)
     try:
-        with _Bar() as bar:
+        with Bar("Hessian") as bar:
             found = diagnose(folder, flags, task=given, jobs=flags.jobs, progress=bar)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -241,30 +240,3 @@ def _pairs(values: Mapping[str, str]) -> Table:
     for name, value in values.items():
         table.add_row(name, Text(value))
     return table
-
-
-class _Bar:
-    """A live bar in a terminal, else nothing."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("Hessian"), BarColumn(32), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=None)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)

@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deploy import page
+from deploy.bar import Bar
 from deploy.flags import Flags, Parser, UsageError
 from deploy.surface.look import Surface, SurfaceConfig, look
 from deploy.surface.pictures import Picture, pictures
@@ -59,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(argv[0])
     what = None if flags.task is None else task(flags.task)
     try:
-        with _Bar() as bar:
+        with Bar("losses") as bar:
             surface = look(folder, flags, task=what, jobs=flags.jobs, progress=bar)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -73,33 +71,6 @@ def run(argv: Sequence[str]) -> int:
     print(f"plots:  {', '.join(str(out / f'{picture.name}.png') for picture in drawn)}")
     print(f"report: {out / 'report.html'}")
     return 0
-
-
-class _Bar:
-    """A live bar in a terminal, else nothing."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("losses"), BarColumn(32), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=None)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
 
 
 def facts(surface: Surface) -> dict[str, str]:

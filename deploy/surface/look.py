@@ -7,7 +7,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,18 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deploy.surface.heights import Ground, heights
-from paramserver.checkpoint import load_checkpoint
+from deploy.trained import Trained, trained
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
-from paramserver.groups import GROUPS
-from paramserver.layout import Layout
 from paramserver.record import RunFolder, read_record
 from paramserver.trajectory import Snapshots, read_trajectory
-from workers.config import RunConfig
 from workers.landscape import Slice, around, between, filter_normalised, grid, principal
-from workers.stopping import STOPPINGS
-from workers.task import Task, build_data, build_model
-from workers.tasks import recorded_task
+from workers.task import Task
 
 Along = Literal["random", "between", "principal"]
 Part = Literal["train", "test", "validation"]
@@ -182,22 +177,21 @@ def look(
         ResourceError: A worker was lost, or Ray cannot be started.
     """
     config = config or SurfaceConfig()
-    trained, run = _trained(folder, task)
-    layout = Layout.of(build_model(trained, run.seed), trained.groups)
-    _check_part(trained, config.data)
-    snapshots = _snapshots(folder, layout)
-    slice_, shares, marks = _laid(folder, config, layout, snapshots)
+    run = trained(folder, task)
+    run.check_part(config.data)
+    snapshots = _snapshots(run, folder)
+    slice_, shares, marks = _laid(run, config, snapshots)
     vectors = slice_.origin[None] if snapshots is None else snapshots.vectors
     path = slice_.project(vectors)
     values = grid(_bounds(config, path, marks), config.num_points)
     table = torch.stack([t.ravel() for t in torch.meshgrid(*values, indexing="xy")], dim=1)
     tables = [table] if snapshots is None else [table, path, vectors]
-    ground = Ground(trained, layout, slice_, config.data, config.samples, config.seed)
+    ground = Ground(run.task, run.layout, slice_, config.data, config.samples, config.seed)
     found = heights(ground, tables, jobs=jobs or os.cpu_count() or 1, progress=progress)
     losses, shadows, own = [np.array(row, np.float64) for row in [*found, [], []][:3]]
     return Surface(
         config=config,
-        task=trained.name,
+        task=run.task.name,
         axes=tuple(axis.numpy() for axis in values),
         losses=losses.reshape([len(axis) for axis in reversed(values)]),
         slice=slice_,
@@ -211,80 +205,37 @@ def look(
     )
 
 
-def _trained(folder: Path, given: Task | None) -> tuple[Task, RunConfig]:
-    """Return the task as the run trained it, and as much of the configuration as that takes."""
-    config = read_record(folder).config
-    trained = recorded_task(folder, config, given)
-    try:
-        stopping = config["early_stopping"]
-        run = RunConfig(
-            seed=config["seed"],
-            validation=config["validation"],
-            early_stopping=None if stopping is None else STOPPINGS.build(stopping),
-            group=tuple(GROUPS.build(group) for group in config.get("group", ())),
-            freeze=tuple(config.get("freeze", ())),
-        )
-    except KeyError as error:
-        raise RecordError(
-            f"{folder} was written by another version of this library: it has no {error}"
-        ) from error
-    return run.applied_to(trained), run
-
-
-def _check_part(task: Task, part: Part) -> None:
-    if part == "validation" and build_data(task).validation is None:
-        raise ValueError(
-            f"task {task.name} of this run has no validation data: look at train or test"
-        )
-
-
-def _snapshots(folder: Path, layout: Layout) -> Snapshots | None:
+def _snapshots(run: Trained, folder: Path) -> Snapshots | None:
     snapshots = read_trajectory(RunFolder(folder).trajectory)
     if snapshots is not None:
-        _check_layout(folder, layout, snapshots.layout)
+        run.check(folder, snapshots.layout)
     return snapshots
 
 
-def _check_layout(folder: Path, ours: Layout, theirs: Layout) -> None:
-    difference = ours.difference(theirs)
-    if difference is not None:
-        raise RecordError(
-            f"the parameters in {folder} are of another model than its task makes now "
-            f"({difference}): give the task that was trained"
-        )
-
-
-def _end(folder: Path, layout: Layout, snapshots: Snapshots | None) -> Tensor:
+def _end(run: Trained, snapshots: Snapshots | None) -> Tensor:
     """Return the parameters a run ended with."""
-    if snapshots is not None:
-        return snapshots.vectors[-1]
-    files = RunFolder(folder)
-    path = files.best if files.best.exists() else files.checkpoint
-    if not path.exists():
-        raise RecordError(f"{folder} has no checkpoint: there are no parameters to look around")
-    checkpoint = load_checkpoint(path)
-    _check_layout(folder, layout, checkpoint.layout)
-    return checkpoint.params
+    return run.checkpoint().params if snapshots is None else snapshots.vectors[-1]
 
 
 def _laid(
-    folder: Path, config: SurfaceConfig, layout: Layout, snapshots: Snapshots | None
+    run: Trained, config: SurfaceConfig, snapshots: Snapshots | None
 ) -> tuple[Slice, tuple[float, ...], dict[str, list[float]]]:
     """Return the slice, the shares of its principal directions, and what it was laid through."""
-    end = _end(folder, layout, snapshots)
+    end = _end(run, snapshots)
     if config.along == "random":
-        slice_ = filter_normalised(layout, end, config.dims, seed=config.seed)
+        slice_ = filter_normalised(run.layout, end, config.dims, seed=config.seed)
         return slice_, (), {"end": [0.0] * config.dims}
     if config.other is not None:
         read_record(config.other)
-        other = _end(config.other, layout, _snapshots(config.other, layout))
+        another = replace(run, folder=config.other)
+        other = _end(another, _snapshots(another, config.other))
         if config.dims == 1:
             return between(end, other), (), {"end": [0.0], "other run": [1.0]}
-        start = _path(folder, snapshots, "a plane through two runs and a beginning").vectors[0]
+        start = _path(run.folder, snapshots, "a plane through two runs and a beginning").vectors[0]
         slice_ = between(end, other, start)
         at = slice_.project(start[None])[0].tolist()
         return slice_, (), {"end": [0.0, 0.0], "other run": [1.0, 0.0], "start": at}
-    path = _path(folder, snapshots, f"looking along={config.along}")
+    path = _path(run.folder, snapshots, f"looking along={config.along}")
     if config.along == "principal":
         slice_, shares = principal(path.vectors, end, config.dims)
         first, last = slice_.project(path.vectors[[0, -1]]).tolist()
