@@ -27,14 +27,15 @@ class Named:
     """Of the flags that not every experiment has."""
 
 
-_OWN = ("task", "data_dir", "until")
+_DATA = ("task", "data_dir")
+_OWN = (*_DATA, "until")
 """Flags that not every experiment has."""
 
 NAMED: Mapping[str, Named] = {
     "compare": Named(
         "deploy.experiment.when_asynchrony_pays",
         "waiting, not waiting and local steps on one task, with equal budgets; which pays when",
-        takes=_OWN,
+        takes=(*_DATA, "until"),
     ),
     "implicit-momentum": Named(
         "deploy.experiment.implicit_momentum",
@@ -43,6 +44,11 @@ NAMED: Mapping[str, Named] = {
     "stragglers": Named(
         "deploy.experiment.stragglers",
         "time of an update against order statistics; the best K of N (Chen, Dutta et al.)",
+    ),
+    "softsync": Named(
+        "deploy.experiment.softsync",
+        "n-softsync: staleness, and the learning rate divided by it (Zhang et al.)",
+        takes=_DATA,
     ),
     "momentum-placement": Named(
         "deploy.experiment.momentum_placement",

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from deploy.experiment.charts import Chart, Line, Panel
+from deploy.experiment.charts import Chart
 from deploy.experiment.clusters import WORKERS
-from deploy.experiment.comparison import CONVENTION, Compared
-from deploy.experiment.results import Row, figures, paths, spread
-from deploy.plots import AXES
+from deploy.experiment.comparison import CONVENTION, Compared, over_axes
+from deploy.experiment.results import Paths, Row, figures
 
 STEPS = 8
 """Of a worker between two pushes, with local steps."""
@@ -186,27 +185,21 @@ def chart(parts: Sequence[Part]) -> Chart:
     """Draw the test loss of every way, a row a cluster, against the three axes."""
     rows = []
     for cluster, ways in by_way(parts).items():
-        panels = []
-        for axis, label in AXES.items():
-            lines = []
-            for colour, way in enumerate(WAYS):
-                part = ways[way]
-                steps = WAYS[way].steps if axis == "gradients" else 1
-                found = [
-                    paths(part.made.out / cell.folder / "run")
-                    for cell, outcome in zip(part.made.grid.cells, part.made.outcomes, strict=True)
-                    if outcome.result is not None
-                ]
-                points = [
-                    (steps * r["loss"][axis], r["loss"]["loss"]) for r in found if "loss" in r
-                ]
-                if part.way == way and (band := spread(points)) is not None:
-                    lines.append(Line(way, colour, *band))
-            title = f"{cluster}: test loss" if axis == "gradients" else ""
-            name = "virtual seconds" if axis == "seconds" else label
-            panels.append(Panel(title, name, lines, log_y=True))
-        rows.append(panels)
+        found = {
+            name: [_of_all_steps(run, way.steps) for run in ways[name].made.paths()]
+            for name, way in WAYS.items()
+            if ways[name].way == name
+        }
+        title = f"{cluster}: test loss"
+        rows.append(over_axes(found, "loss", title, is_virtual=True, log_y=True))
     caption = (
         f"Each way at its own best rate; all-reduce is drawn where it is not bsp. {CONVENTION}"
     )
     return Chart("ways", "Test loss of every way, on every cluster", caption, rows)
+
+
+def _of_all_steps(run: Paths, steps: int) -> Paths:
+    return {
+        metric: {**columns, "gradients": steps * columns["gradients"]}
+        for metric, columns in run.items()
+    }

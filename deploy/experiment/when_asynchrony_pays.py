@@ -212,8 +212,8 @@ def _stale_claims(parts: Sequence[Part]) -> Iterator[Claim]:
     )  # fmt: skip
     means = [row["staleness_mean"] for p in parts if p.way == "asp" for row in p.measured]
     yield Claim(
-        f"asp: mean staleness is M - 1 = {WORKERS - 1} on every cluster, up to 2 % less for what is in "
-        "flight at the end",
+        f"asp: mean staleness is M - 1 = {WORKERS - 1} on every cluster, or up to 2 % less for "
+        "what is in flight at the end",
         all(0.98 * (WORKERS - 1) <= mean <= WORKERS - 1 for mean in means),
         f"{min(means):.4f} to {max(means):.4f}",
     )
