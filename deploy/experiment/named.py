@@ -35,7 +35,7 @@ NAMED: Mapping[str, Named] = {
     "compare": Named(
         "deploy.experiment.when_asynchrony_pays",
         "waiting, not waiting and local steps on one task, with equal budgets; which pays when",
-        takes=(*_DATA, "until"),
+        takes=_OWN,
     ),
     "implicit-momentum": Named(
         "deploy.experiment.implicit_momentum",
@@ -44,6 +44,10 @@ NAMED: Mapping[str, Named] = {
     "stragglers": Named(
         "deploy.experiment.stragglers",
         "time of an update against order statistics; the best K of N (Chen, Dutta et al.)",
+    ),
+    "depth-and-optimizer": Named(
+        "deploy.experiment.depth_and_optimizer",
+        "staleness harms deep nets more, and optimizers differ (Dai et al.)",
     ),
     "softsync": Named(
         "deploy.experiment.softsync",
@@ -54,11 +58,11 @@ NAMED: Mapping[str, Named] = {
         "deploy.experiment.momentum_placement",
         "why momentum on the server fails, and DANA does not (Hakimi et al.)",
     ),
-    "truncation": (
+    "truncation": Named(
         "deploy.experiment.truncation",
         "a recurrent net clipped, not clipped, and by windows too long (Pascanu et al.)",
     ),
-    "batch-size": (
+    "batch-size": Named(
         "deploy.experiment.batch_size",
         "noise, speed, generalisation gap and sharpness by batch size (Keskar et al.)",
     ),
