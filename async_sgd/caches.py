@@ -62,7 +62,9 @@ class Caches:
         if most < 0:
             raise ValueError(f"most must be 0 iterations or more, got {most}")
         if len(seeds) != len(start):
-            raise ValueError(f"seeds must be one for each of {len(start)} replicas, got {len(seeds)}")
+            raise ValueError(
+                f"seeds must be one for each of {len(start)} replicas, got {len(seeds)}"
+            )
         if is_per_worker(optimizer) or getattr(optimizer, "weight_decay", 0.0) != 0:
             raise ValueError(
                 f"each worker has an optimizer of its own, whose updates do not depend on where it "

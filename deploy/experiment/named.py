@@ -54,6 +54,11 @@ NAMED: Mapping[str, Named] = {
         "n-softsync: staleness, and the learning rate divided by it (Zhang et al.)",
         takes=_DATA,
     ),
+    "fasgd": Named(
+        "deploy.experiment.fasgd",
+        "stale gradients divided by their usual magnitude, and what a better rate does (Odena)",
+        takes=_DATA,
+    ),
     "momentum-placement": Named(
         "deploy.experiment.momentum_placement",
         "why momentum on the server fails, and DANA does not (Hakimi et al.)",
