@@ -123,7 +123,7 @@ def find(bench: Bench) -> Findings:
 def _run(bench: Bench) -> dict[str, Any]:
     return {
         **(bench.trained or {"task": _TASK}),
-        "updates": 40 if bench.quick else _UPDATES,
+        "updates": 20 if bench.quick else _UPDATES,
         "delay": "exponential",
         "on_nan": "drop",
     }
