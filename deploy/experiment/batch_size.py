@@ -370,5 +370,8 @@ def _chart(summary: Sequence[Row], noise: Sequence[Row]) -> Chart:
     panels.append(
         Panel("variance of a gradient at the start", "batch", lines, log_x=True, log_y=True)
     )
-    caption = "Lines are medians over seeds, bands from the least to the largest."
+    caption = (
+        "Lines are medians over seeds, bands from the least to the largest; the thin line is the "
+        "formula S/B (1 - B/N)."
+    )
     return Chart("batch-size", "What the batch size changes", caption, [panels[:2], panels[2:]])

@@ -146,7 +146,7 @@ def _keys(*, quick: bool) -> Iterator[_Key]:
 
 def _most(num_workers: int, *, quick: bool) -> int:
     """Return the iterations after which a run is given up."""
-    return 40 if quick else 2500 * _WORKERS // num_workers
+    return 40 if quick else 1000 * _WORKERS // num_workers
 
 
 def _piece(

@@ -23,7 +23,7 @@ _INPUTS, _CLASSES, _CLUSTERS = 32, 10, 30
 _WIDTH = 48
 _APART = 1.0
 """Standard deviation of the clusters' centres in each dimension."""
-_TRAIN, _TEST = 8000, 2000
+_TRAIN, _TEST = 8000, 1000
 
 _ROWS, _COLUMNS, _RANK = 500, 400, 5
 _ENTRY_NOISE = 0.1
