@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from paramserver.layout import Layout
 from paramserver.ledger import StalenessStats
 from paramserver.optimizers import AnyOptimizer, Optimizer
 from paramserver.optimizers.grouped import grouped
+from paramserver.progress import hopeless
 from paramserver.schedules import Schedule
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position, Snapshot, Status
@@ -71,13 +72,16 @@ class Plan:
     compare_every: int = 1000
     """Steps between two comparisons of the replicas; they are compared at the end as well."""
 
-    def ended(self, position: Position) -> str | None:
-        """Return why a run ends at ``position``, if the budget is used up there."""
+    def ended(self, position: Position, world: int) -> str | None:
+        """Return why a run of ``world`` ranks ends at ``position``, if it does.
+
+        The budget is used up there, or the parameters have diverged.
+        """
         if self.updates is not None and position.version >= self.updates:
             return f"{position.version} updates"
         if self.samples is not None and position.samples >= self.samples:
             return f"{position.samples} samples"
-        return None
+        return hopeless(position.spoilt, world)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +183,13 @@ class Trainee:
             ReplicaMismatchError: The ranks' models differ.
             TaskError: The task's loss failed.
         """
-        plan, status = self._plan, Status(self._position, waited_s=(0.0,) * self._collective.world)
+        plan, world = self._plan, self._collective.world
+        status = Status(self._position, waited_s=(0.0,) * world)
         desk.status = status
         saved, stop = 0, False
         self._model.train()
         try:
-            while (reason := plan.ended(self._position)) is None and not stop:
+            while (reason := plan.ended(self._position, world)) is None and not stop:
                 outcome = self._stepper.step(self._position.clock + 1, self._gradient(desk))
                 status = self._account(outcome, status)
                 desk.status = status
@@ -245,7 +250,8 @@ class Trainee:
             raise NonFiniteGradientError(worker, was.clock + 1, layer)
         waited_s = blame(status.waited_s, [r.seconds for r in reports])
         if not outcome.applied:
-            self._position = Position(was.version, was.clock + 1, was.gradients, was.samples)
+            spoilt = was.spoilt + len(reports)
+            self._position = replace(was, clock=was.clock + 1, spoilt=spoilt)
             dropped = status.dropped + len(reports)
             return Status(self._position, status.loss_sum, dropped, waited_s)
         samples = sum(r.samples for r in reports)
