@@ -14,13 +14,13 @@ from paramserver.client import Client, Ended, Reading
 from paramserver.errors import ServerLostError
 from paramserver.ledger import Move
 from paramserver.recount import recount
-from tests.support.clusters import Cluster, MemoryCluster, SharedMemoryCluster
+from tests.support.clusters import Cluster, GrpcCluster, MemoryCluster, SharedMemoryCluster
 
 NUMEL = 320
 Start = Callable[..., Cluster]
 
 
-@pytest.fixture(params=[MemoryCluster, SharedMemoryCluster])
+@pytest.fixture(params=[MemoryCluster, SharedMemoryCluster, GrpcCluster])
 def transport(request: pytest.FixtureRequest) -> type[Cluster]:
     kind: type[Cluster] = request.param
     return kind

@@ -31,11 +31,16 @@ from tests.support.clusters import (
     FINGERPRINT,
     TOKEN,
     Cluster,
+    GrpcCluster,
     MemoryCluster,
     SharedMemoryCluster,
 )
 
-TRANSPORTS = {"memory": MemoryCluster, "shared_memory": SharedMemoryCluster}
+TRANSPORTS = {
+    "memory": MemoryCluster,
+    "shared_memory": SharedMemoryCluster,
+    "grpc": GrpcCluster,
+}
 RULES = (
     *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw", "rmsprop"),
     *("local-momentum", "dana-slim", "delayed-nesterov:every=2"),
