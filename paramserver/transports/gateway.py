@@ -121,7 +121,7 @@ class Gateway:
         self._sessions: dict[bytes, Session] = {}
         self._opening: set[bytes] = set()
         self._lock = threading.Lock()  # of the two above, the guests, and what is counted
-        self._counted = dict.fromkeys(("frames", "refused", "received_bytes", "sent_bytes"), 0)
+        self._counted = dict.fromkeys(("messages", "refused", "received_bytes", "sent_bytes"), 0)
         self._calls = Rate(config.calls_per_s)
         first = config.first_guest
         reserved_s = config.timeout_s
@@ -296,8 +296,8 @@ class Gateway:
     def _listen(self, frames: Iterator[bytes], session: Session, stream: int) -> None:
         rate = Rate(self.config.frames_per_s)
         try:
-            for size in session.take(frames, stream):
-                self._count(received_bytes=size, frames=1)
+            for size, is_whole in session.take(frames, stream):
+                self._count(received_bytes=size, messages=int(is_whole))
                 if (early_s := rate.wait_s()) > 0:
                     time.sleep(early_s)
         except ParamServerError as error:

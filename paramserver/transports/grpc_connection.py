@@ -82,7 +82,7 @@ class GrpcConnection:
         """
         self.shard = shard
         self.num_sent = 0
-        """Frames that gRPC has taken, in all."""
+        """Messages that were put on their way, again or for the first time."""
         self.slot = torch.zeros(slot_rows * numel, dtype=dtype)
         self.buffers: Sequence[Tensor] = [torch.zeros(numel, dtype=dtype) for _ in range(4)]
         self._remote, self._hello = remote, hello
@@ -94,7 +94,8 @@ class GrpcConnection:
         self._current = 0  # the buffer of the last read
         self._number = 0
         self._channel = remote.channel()
-        self._stream = self._open()
+        with self._condition:
+            self._stream = self._open()
         try:
             self.welcome = self._first(timeout_s)
         except BaseException:
@@ -110,7 +111,7 @@ class GrpcConnection:
             if message.kind in (Kind.PUSH, Kind.READ):
                 self._unanswered = message
             if not self._stream.is_over:
-                self._stream.outgoing.put(message)
+                self._put(message)
             elif self._stream.error is None and not self._inbox:
                 raise ServerLostError(self.shard, "sending")
 
@@ -133,7 +134,7 @@ class GrpcConnection:
                     pause_s = min(2 * pause_s, _LAST_PAUSE_S)
                     self._stream = self._open()
                     if self._unanswered is not None:
-                        self._stream.outgoing.put(self._unanswered)
+                        self._put(self._unanswered)
         raise ServerTimeoutError(self.shard, "waiting for an answer", timeout_s)
 
     def poll(self) -> Message | None:
@@ -165,6 +166,10 @@ class GrpcConnection:
         if error is not None:
             raise error
         raise ServerTimeoutError(self.shard, f"connecting to {self._remote.address}", timeout_s)
+
+    def _put(self, message: Message) -> None:
+        self.num_sent += 1
+        self._stream.outgoing.put(message)
 
     def _check_broken(self, doing: str, timeout_s: float) -> None:
         """Raise unless the stream ended because the network broke."""
@@ -200,9 +205,7 @@ class GrpcConnection:
         for message in iter(outgoing.get, None):
             self._number += 1
             tensors = [self.slot] if message.kind == Kind.PUSH else []
-            for frame in write_message(message, self._number, tensors):
-                self.num_sent += 1
-                yield frame
+            yield from write_message(message, self._number, tensors)
         yield write_bye()
 
     def _read(self, stream: _Stream) -> None:

@@ -82,8 +82,10 @@ class Session:
         """Whether ``stream`` still carries this session."""
         return stream == self._stream and self.detached_at is None and not self._is_closed
 
-    def take(self, encoded: Iterable[bytes], stream: int) -> Iterator[int]:
-        """Take frames from the client while ``stream`` carries it; yield the bytes of each.
+    def take(self, encoded: Iterable[bytes], stream: int) -> Iterator[tuple[int, bool]]:
+        """Take frames from the client while ``stream`` carries it.
+
+        Yields each one's bytes, and whether a message is whole with it.
 
         Raises:
             ProtocolError: A frame breaks the contract.
@@ -103,10 +105,10 @@ class Session:
                 filling = Filling(frame, message, tensors)
             else:
                 filling.add(frame)
-            if filling.is_whole:
+            if is_whole := filling.is_whole:
                 self._pass_on(filling.message)
                 filling = None
-            yield len(each)
+            yield len(each), is_whole
 
     def _pass_on(self, message: Message) -> None:
         if message.kind not in _TAKEN:

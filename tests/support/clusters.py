@@ -393,7 +393,7 @@ class GrpcCluster(SharedMemoryCluster):
         """Wait until the gateway has told the shards what it was sent, then ask each of them."""
         deadline = time.monotonic() + 1.0  # what was refused is not taken
         while time.monotonic() < deadline:
-            if self.gateway.counted()["frames"] >= sum(c.num_sent for c in self._dialled):
+            if self.gateway.counted()["messages"] >= sum(c.num_sent for c in self._dialled):
                 break
             time.sleep(0.001)
         for shard in range(len(self.shards)):
