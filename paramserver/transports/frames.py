@@ -44,10 +44,10 @@ def write_message(m: Message, number: int, tensors: Sequence[Tensor] = ()) -> It
     offset = 0
     for part in parts:
         for start in range(0, len(part), CHUNK_BYTES):
-            data = part[start : start + CHUNK_BYTES]
+            data = part[start : start + CHUNK_BYTES].data
             frame.offset, frame.checksum = offset, zlib.crc32(data)
             head = frame.SerializeToString()
-            yield b"".join((head, _DATA_TAG, _varint(len(data)), memoryview(data)))
+            yield b"".join((head, _DATA_TAG, _varint(len(data)), data))
             frame = Frame(number=number)
             offset += len(data)
     if not offset:
@@ -133,7 +133,7 @@ class Filling:
                 f"bytes {frame.offset:,} to {frame.offset + len(data):,} of message {self.number} "
                 f"came; {self._offset:,} to at most {self._length:,} were expected"
             )
-        if frame.checksum != zlib.crc32(data):
+        if frame.checksum != zlib.crc32(frame.data):
             raise ProtocolError(
                 f"message {self.number} was altered on its way: its checksum differs"
             )

@@ -272,9 +272,7 @@ class Gateway:
             )
         return self._snapshots
 
-    def _exchange(
-        self, frames: Iterator[bytes], context: grpc.ServicerContext
-    ) -> Iterator[bytes]:
+    def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         metadata = self._admit(context)
         try:
             session, received = self._session(metadata)
@@ -311,9 +309,7 @@ class Gateway:
     def _session(self, metadata: dict[str, str | bytes]) -> tuple[Session, int]:
         """Return the session a stream is for, and the number of the last message it has brought."""
         name = metadata.get("paramserver-session-bin", b"")
-        numbers = [
-            _number(metadata, key) for key in ("shard", "worker", "incarnation", "received")
-        ]
+        numbers = [_number(metadata, key) for key in ("shard", "worker", "incarnation", "received")]
         shard, worker, incarnation, received = numbers
         if not isinstance(name, bytes) or len(name) != 16:
             raise ProtocolError("a session's name has 16 bytes")

@@ -127,7 +127,9 @@ class Remote:
         if self.identity is None or not self.is_secret:
             return grpc.insecure_channel(self.address, _CLIENT_OPTIONS)
         i = self.identity
-        credentials = grpc.ssl_channel_credentials(i.read(i.ca), i.read(i.key), i.read(i.certificate))
+        credentials = grpc.ssl_channel_credentials(
+            i.read(i.ca), i.read(i.key), i.read(i.certificate)
+        )
         return grpc.secure_channel(self.address, credentials, _CLIENT_OPTIONS)
 
     def metadata(self, *more: tuple[str, str | bytes]) -> Sequence[tuple[str, str | bytes]]:
@@ -135,7 +137,9 @@ class Remote:
         token = ("paramserver-token-bin", self.token.encode())
         return (("paramserver-protocol", PROTOCOL), token, *more)
 
-    def raise_named(self, error: grpc.RpcError, shard: int, doing: str, waited_s: float) -> NoReturn:
+    def raise_named(
+        self, error: grpc.RpcError, shard: int, doing: str, waited_s: float
+    ) -> NoReturn:
         """Raise what ``error`` means.
 
         Raises:
@@ -182,7 +186,8 @@ class Remote:
         host, _ = split_address(self.address)
         try:
             with context.wrap_socket(plain, server_hostname=host) as secret:
-                secret.recv(1)  # the server refuses a client's certificate after the handshake
+                if not secret.recv(1):  # a server refuses certificates after the client's handshake
+                    return "TLS failed: it may want a certificate that its own ca has signed"
         except ssl.SSLCertVerificationError as error:
             return f"its certificate is refused: {error.verify_message}"
         except TimeoutError:
@@ -190,6 +195,21 @@ class Remote:
         except ssl.SSLError as error:
             return f"TLS failed: {(error.reason or str(error)).lower().replace('_', ' ')}"
         return None
+
+
+def remote_at(
+    address: str,
+    token: str,
+    ca: Path | str | None,
+    certificate: Path | str | None,
+    key: Path | str | None,
+    clear_text: bool,
+) -> Remote:
+    """Return the remote that a user's own words describe."""
+    paths = {"ca": ca, "certificate": certificate, "key": key}
+    given = {name: Path(path) for name, path in paths.items() if path is not None}
+    identity = Identity(**given) if given else None
+    return Remote(address=address, token=token, identity=identity, clear_text=clear_text)
 
 
 def split_address(address: str) -> tuple[str, int]:
