@@ -35,7 +35,7 @@ class Evaluations:
             timeout_s: Seconds an answer may take.
             lost: Counts the loss of a process; it may raise.
         """
-        self._task, self._seed, self._servers = task, seed, servers
+        self._task, self._seed, self.servers = task, seed, servers
         self._looks, self._timeout_s, self._lost = looks, timeout_s, lost
         self.actor: Any = None
         """The evaluator; None before `start`."""
@@ -51,7 +51,7 @@ class Evaluations:
     def connect(self) -> None:
         """Let it read the shards' parameters."""
         self._num_connected += 1
-        connected = self.actor.connect.remote(self._servers, self._num_connected)
+        connected = self.actor.connect.remote(self.servers, self._num_connected)
         self._get(connected, "connecting the evaluator")
 
     @property

@@ -12,11 +12,13 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import ray
 
 from async_sgd.carried import state_figures
+from async_sgd.door import Door
 from async_sgd.evaluations import Evaluations
 from async_sgd.plan import Plan
 from paramserver.actor import ShardActor
@@ -30,6 +32,7 @@ from paramserver.errors import (
 )
 from paramserver.ledger import Ledger
 from paramserver.measures import summary
+from paramserver.reach import Reach
 from paramserver.shard import Saved
 from workers.actor import Servers, WorkerActor
 from workers.loop import Finished
@@ -47,8 +50,10 @@ _STOP_S = 10.0
 class Fleet:
     """The processes of one run, from start to end."""
 
-    def __init__(self, plan: Plan, start: Checkpoint, run: Run) -> None:
+    def __init__(self, plan: Plan, start: Checkpoint, run: Run, reach: Reach) -> None:
         """Describe the processes that go on from ``start``; `start` makes them."""
+        self._door = Door(reach, plan.config.address)
+        plan = replace(plan, guests=self._door.num_places)
         self._plan, self._config = plan, plan.config
         self._layout, self._cuts = plan.layout, plan.cuts
         self._start, self._run = start, run
@@ -109,10 +114,18 @@ class Fleet:
         self._get([lead], "starting the shards")
         ready = [w.ready.remote() for w in (*self._workers.values(), self._evaluations.actor)]
         self._get(ready, "starting the workers")
+        self._open_door()
         self._evaluations.connect()
         self._run.started()
         for worker in self._workers:
             self._let_go(worker)
+
+    def _open_door(self) -> None:
+        """Listen for workers on other machines, and for guests, if there may be any."""
+        timeout_s = self._config.call_timeout_s
+        self._servers = self._door.open(self._servers, self._config.workers, timeout_s)
+        self._door.tell(self._run.folder.path)
+        self._evaluations.servers = self._servers
 
     def watch(self) -> None:
         """Look after the run until it has ended, then write what it left.
@@ -157,6 +170,7 @@ class Fleet:
 
     def close(self) -> None:
         """End every process; nothing of the run stays behind."""
+        self._door.close()
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get([shard.close.remote() for shard in self._shards], timeout=5)
         for actor in (*self._workers.values(), *self._shards, self._evaluations.actor):
@@ -167,7 +181,7 @@ class Fleet:
         config = self._plan.shard(index, self._addresses[index], self._token, self._start)
         cut = self._cuts[index]
         params = self._start.params[cut.start : cut.stop].numpy()
-        self._shards.append(ShardActor.options(num_cpus=0).remote(config, params))
+        self._shards.append(ShardActor.options(num_cpus=0, **self._door.beside_me).remote(config, params))
 
     def _spawn(self, worker: int) -> None:
         cpus = 1 if self._config.address is not None else 0

@@ -67,6 +67,8 @@ class Plan:
     described: Mapping[str, object]
     """The optimizer, as the record holds it."""
     progress: Callable[[Mapping[str, Any]], None] | None
+    guests: int = 0
+    """Places for clients that no trainer starts."""
 
     @property
     def slot_rows(self) -> int:
@@ -160,7 +162,7 @@ class Plan:
 
         A request of a round program may show two vectors.
         """
-        needed = self.config.workers + 3
+        needed = self.config.workers + 3 + self.guests
         return needed if self.program is None else 2 * needed
 
     def _built_at(self, cut: range) -> tuple[AnyOptimizer, Schedule | None]:

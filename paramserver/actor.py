@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -27,7 +27,11 @@ from paramserver.server import Follower, Leader
 from paramserver.shard import Saved, Shard
 from paramserver.shard_config import ShardConfig
 from paramserver.standing import Standing
+from paramserver.transports.link import machine
 from paramserver.transports.shared_memory import Host
+
+if TYPE_CHECKING:
+    from paramserver.transports.gateway import Gateway, GatewayConfig
 
 
 class ShardServer:
@@ -161,9 +165,37 @@ class ShardServer:
         return self._leader
 
 
+class GatewayServer:
+    """The process that clients on other nodes, and without Ray, speak to."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        """Keep what `start` needs: Ray hides what a constructor raises."""
+        torch.set_num_threads(1)
+        self._config = config
+        self._gateway: Gateway | None = None
+
+    def start(self) -> tuple[str, str]:
+        """Listen; return the address, and the machine this is.
+
+        Raises:
+            ResourceError: The address cannot be listened at, or a certificate not be read.
+        """
+        # gRPC is imported by those processes alone that speak it
+        from paramserver.transports.gateway import Gateway  # noqa: PLC0415
+
+        self._gateway = Gateway(self._config)
+        return self._gateway.start(), machine()
+
+    def close(self) -> None:
+        """End every conversation."""
+        if self._gateway is not None:
+            self._gateway.close()
+
+
 def _read(path: str) -> str:
     with open(path, encoding="ascii") as file:
         return file.read()
 
 
 ShardActor = ray.remote(max_restarts=0, max_task_retries=0)(ShardServer)
+GatewayActor = ray.remote(max_restarts=0, max_task_retries=0)(GatewayServer)

@@ -57,14 +57,14 @@ _HANDSHAKE_S: Final = 2.0
 class Identity:
     """The certificate one side shows, and the authority whose certificates it takes."""
 
-    certificate: Path | None = None
-    """PEM file with this side's certificate chain."""
+    certificate: Path | bytes | None = None
+    """PEM file, or what is in one, with this side's certificate chain."""
 
-    key: Path | None = None
-    """PEM file with the certificate's private key."""
+    key: Path | bytes | None = None
+    """The same with the certificate's private key."""
 
-    ca: Path | None = None
-    """PEM file with the authorities that the other side's certificate must be signed by."""
+    ca: Path | bytes | None = None
+    """The same with the authorities that the other side's certificate must be signed by."""
 
     def __post_init__(self) -> None:
         for name in ("certificate", "key", "ca"):
@@ -73,14 +73,19 @@ class Identity:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("a certificate needs its key, and a key its certificate: give both")
 
-    def read(self, path: Path | None) -> bytes | None:
+    def inline(self) -> Identity:
+        """Return this identity with the files' contents, for processes that do not see them."""
+        certificate, key, ca = (self.read(path) for path in (self.certificate, self.key, self.ca))
+        return Identity(certificate=certificate, key=key, ca=ca)
+
+    def read(self, path: Path | bytes | None) -> bytes | None:
         """Return what is in one of the files.
 
         Raises:
             ResourceError: It cannot be read, or is no PEM file.
         """
-        if path is None:
-            return None
+        if path is None or isinstance(path, bytes):
+            return path
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -179,10 +184,11 @@ class Remote:
     def _shake_hands(self, plain: socket.socket) -> str | None:
         if self.identity is None or not self.is_secret:
             return "it may want TLS: give the ca of its certificate"
-        context = ssl.create_default_context(cafile=str(self.identity.ca))
+        i = self.identity
+        context = ssl.create_default_context(cadata=(i.read(i.ca) or b"").decode())
         context.set_alpn_protocols(["h2"])
-        if self.identity.certificate is not None and self.identity.key is not None:
-            context.load_cert_chain(self.identity.certificate, self.identity.key)
+        if isinstance(i.certificate, Path) and isinstance(i.key, Path):
+            context.load_cert_chain(i.certificate, i.key)
         host, _ = split_address(self.address)
         try:
             with context.wrap_socket(plain, server_hostname=host) as secret:
