@@ -181,7 +181,9 @@ class Fleet:
         config = self._plan.shard(index, self._addresses[index], self._token, self._start)
         cut = self._cuts[index]
         params = self._start.params[cut.start : cut.stop].numpy()
-        self._shards.append(ShardActor.options(num_cpus=0, **self._door.beside_me).remote(config, params))
+        self._shards.append(
+            ShardActor.options(num_cpus=0, **self._door.beside_me).remote(config, params)
+        )
 
     def _spawn(self, worker: int) -> None:
         cpus = 1 if self._config.address is not None else 0

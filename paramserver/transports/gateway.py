@@ -305,6 +305,8 @@ class Gateway:
             return
         if session.is_over:
             session.wake()
+        else:  # the client says no more, and has not said that it leaves
+            session.detach(stream)
 
     def _session(self, metadata: dict[str, str | bytes]) -> tuple[Session, int]:
         """Return the session a stream is for, and the number of the last message it has brought."""
