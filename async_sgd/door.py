@@ -134,7 +134,7 @@ class Door:
         host, _, port = address.rpartition(":")
         return (
             f"{ray.util.get_node_ip_address()}:{port}" if host in ("0.0.0.0", "[::]") else address
-        )  # noqa: S104
+        )
 
     def _identities(self) -> tuple[Identity | None, Identity | None]:
         """Return the gateway's identity, and that of the run's own workers."""

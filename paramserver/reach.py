@@ -44,12 +44,10 @@ class Reach:
         if self.guests < 0:
             raise ValueError(f"guests must be 0 or more, got {self.guests}")
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError(
-                "tls_certificate needs tls_key, and tls_key the certificate: give both"
-            )
+            raise ValueError("tls_certificate needs tls_key, and that the certificate: give both")
         if self.tls_ca is not None and self.tls_certificate is None:
             raise ValueError(
-                "tls_ca is of use with tls_certificate and tls_key only: give them, too"
+                "tls_ca is of use with tls_certificate and tls_key only: give both, too"
             )
 
     def needs_gateway(self, num_nodes: int) -> bool:

@@ -32,7 +32,6 @@ from workers.pieces import answer
 from workers.pushes import Maker, push
 from workers.task import Data, Task, batches_of, build_data, build_model
 
-
 if TYPE_CHECKING:
     from paramserver.transports.grpc_connection import GrpcConnection
     from paramserver.transports.remote import Remote

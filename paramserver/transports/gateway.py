@@ -1,8 +1,8 @@
 """The shards' gRPC server: clients on other nodes, and without Ray, come in here.
 
 It is a process beside the shards, on their node, and their client: what remote clients send is
-checked here, put where the shard sees it, and told to it as a local worker would. So what comes over
-the network is parsed where no parameters are, and the shards know one kind of client.
+checked here, put where the shard sees it, and told to it as a local worker would. So what comes
+over the network is parsed where no parameters are, and the shards know one kind of client.
 
     client --- one stream a shard ---> gateway --- Unix socket, shared memory ---> shard 0, 1, …
 """

@@ -249,6 +249,6 @@ def check_clear_text(address: str, allowed: bool) -> None:
         raise ResourceError(
             f"{address} can be reached from other machines, and without a certificate everybody on "
             "the way could read the token and the parameters and change them: give certificates "
-            "(tls_certificate, tls_key, tls_ca), or allow it with clear_text=true on a network that "
-            "only trusted machines are on"
+            "(tls_certificate, tls_key, tls_ca), or allow it with clear_text=true on a network of "
+            "trusted machines only"
         )

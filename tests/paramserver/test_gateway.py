@@ -157,7 +157,7 @@ def test_another_version_of_the_protocol_is_named(monkeypatch: pytest.MonkeyPatc
     with start() as cluster:
         monkeypatch.setattr(remote, "PROTOCOL", "2")
 
-        with pytest.raises(ProtocolError, match="client speaks version '2' .* server version '1'"):
+        with pytest.raises(ProtocolError, match=r"client speaks version '2' .* server version '1'"):
             calls.stats(at(cluster), timeout_s=5.0)
 
 
@@ -209,7 +209,7 @@ def test_loopback_and_unix_sockets_are_local(address: str, local: bool) -> None:
 
 
 def test_clear_text_does_not_leave_the_machine_unless_told_to() -> None:
-    with pytest.raises(ResourceError, match="could read the token .* clear_text=true"):
+    with pytest.raises(ResourceError, match=r"could read the token .* clear_text=true"):
         start(listen="0.0.0.0:0")
     with pytest.raises(ResourceError, match="could read the token"):
         Client.connect("10.0.0.7:7000", TOKEN)
@@ -256,12 +256,15 @@ def test_certificates_that_cannot_be_trusted_are_refused(
     authority: Authority, foreign: Authority
 ) -> None:
     expired = authority.identity("expired", days=-1)
-    with start(identity=expired) as cluster:
-        with pytest.raises(ServerLostError, match="certificate is refused: certificate has expire"):
-            calls.serves(at(cluster, identity=Identity(ca=authority.ca)), timeout_s=5.0)
+    trusting = Identity(ca=authority.ca)
+    with (
+        start(identity=expired) as cluster,
+        pytest.raises(ServerLostError, match="certificate is refused: certificate has expired"),
+    ):
+        calls.serves(at(cluster, identity=trusting), timeout_s=5.0)
     with start(identity=foreign.identity("server")) as cluster:
         with pytest.raises(ServerLostError, match="certificate is refused: unable to get local"):
-            calls.serves(at(cluster, identity=Identity(ca=authority.ca)), timeout_s=5.0)
+            calls.serves(at(cluster, identity=trusting), timeout_s=5.0)
         with pytest.raises(ServerLostError, match="it may want TLS: give the ca"):
             calls.serves(at(cluster), timeout_s=5.0)
 
@@ -289,11 +292,8 @@ def test_conversations_beyond_the_limit_are_refused() -> None:
 
 def test_calls_beyond_the_rate_are_refused() -> None:
     with start(calls_per_s=1.0) as cluster:
-        asked = [lambda: calls.serves(at(cluster), timeout_s=5.0)] * 5
-
         with pytest.raises(ResourceError, match="more than 1 calls a second"):
-            for ask in asked:
-                ask()
+            [calls.serves(at(cluster), timeout_s=5.0) for _ in range(5)]
 
 
 def test_a_rate_is_kept_over_time_and_allows_two_seconds_worth_at_once() -> None:
@@ -310,10 +310,12 @@ def test_a_rate_is_kept_over_time_and_allows_two_seconds_worth_at_once() -> None
 
 @pytest.fixture
 def wired() -> Iterator[tuple[GrpcCluster, Wire]]:
-    with start(linger_s=1.0) as cluster:
-        with Wire(int(cluster.gateway.address.rpartition(":")[2])) as wire:
-            cluster.gateway.address = wire.address
-            yield cluster, wire
+    with (
+        start(linger_s=1.0) as cluster,
+        Wire(int(cluster.gateway.address.rpartition(":")[2])) as wire,
+    ):
+        cluster.gateway.address = wire.address
+        yield cluster, wire
 
 
 def test_a_network_that_is_back_before_the_deadline_is_not_noticed(

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from async_sgd import AsyncTrainer
 from paramserver.errors import ResourceError
