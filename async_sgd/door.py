@@ -132,9 +132,8 @@ class Door:
     def _seen(self, address: str) -> str:
         """Return ``address`` as other machines reach it."""
         host, _, port = address.rpartition(":")
-        return (
-            f"{ray.util.get_node_ip_address()}:{port}" if host in ("0.0.0.0", "[::]") else address
-        )
+        everywhere = ("0.0.0.0", "[::]")  # noqa: S104 - what a user may have asked for
+        return f"{ray.util.get_node_ip_address()}:{port}" if host in everywhere else address
 
     def _identities(self) -> tuple[Identity | None, Identity | None]:
         """Return the gateway's identity, and that of the run's own workers."""

@@ -291,9 +291,11 @@ def test_conversations_beyond_the_limit_are_refused() -> None:
 
 
 def test_calls_beyond_the_rate_are_refused() -> None:
-    with start(calls_per_s=1.0) as cluster:
-        with pytest.raises(ResourceError, match="more than 1 calls a second"):
-            [calls.serves(at(cluster), timeout_s=5.0) for _ in range(5)]
+    with (
+        start(calls_per_s=1.0) as cluster,
+        pytest.raises(ResourceError, match="more than 1 calls a second"),
+    ):
+        [calls.serves(at(cluster), timeout_s=5.0) for _ in range(5)]
 
 
 def test_a_rate_is_kept_over_time_and_allows_two_seconds_worth_at_once() -> None:
