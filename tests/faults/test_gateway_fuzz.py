@@ -32,7 +32,7 @@ def resident() -> int:
 
 
 @pytest.mark.parametrize(
-    "num_messages", [400, pytest.param(24_000, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
+    "num_messages", [600, pytest.param(24_000, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
 )
 def test_nonsense_changes_nothing(num_messages: int) -> None:
     with OpenCluster(torch.ones(NUMEL), shards=2, readers=9) as cluster:
