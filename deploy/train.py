@@ -117,7 +117,9 @@ class TrainFlags(RunFlags):
     def only_mine(self) -> dict[str, Any]:
         """Return the options of this run's mode that were given."""
         mine = {name: getattr(self, name) for name, mode in _ONLY_IN.items() if mode == self.mode}
-        given = {n: v for n, v in mine.items() if v is not None and n not in _REACH}
+        given = {name: value for name, value in mine.items() if value is not None}
+        if [name for name in _REACH if given.pop(name, None) is not None]:
+            given["reach"] = self.reach()
         return {**given, "measure": measures_of(given["measure"])} if "measure" in given else given
 
 
@@ -149,6 +151,4 @@ def trainer(flags: TrainFlags, progress: Tell) -> Trainer:
         return SyncTrainer(what, flags.optimizer, config, progress=progress, **mine)
     from async_sgd.trainer import AsyncTrainer  # noqa: PLC0415
 
-    return AsyncTrainer(
-        what, flags.optimizer, config, reach=flags.reach(), progress=progress, **mine
-    )
+    return AsyncTrainer(what, flags.optimizer, config, progress=progress, **mine)
