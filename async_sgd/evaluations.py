@@ -37,7 +37,7 @@ class Evaluations:
             lost: Counts the loss of a process; it may raise.
             options: Return what Ray is to give the process.
         """
-        self._task, self._seed, self._servers = task, seed, servers
+        self._task, self._seed, self.servers = task, seed, servers
         self._looks, self._timeout_s, self._lost = looks, timeout_s, lost
         self._options = options
         self.actor: Any = None
@@ -54,7 +54,7 @@ class Evaluations:
     def connect(self) -> None:
         """Let it read the shards' parameters."""
         self._num_connected += 1
-        connected = self.actor.connect.remote(self._servers, self._num_connected)
+        connected = self.actor.connect.remote(self.servers, self._num_connected)
         self._get(connected, "connecting the evaluator")
 
     @property

@@ -11,10 +11,13 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import ray
 
+from async_sgd.carried import state_figures
+from async_sgd.door import Door
 from async_sgd.evaluations import Evaluations
 from async_sgd.plan import Plan
 from paramserver.actor import ShardActor
@@ -28,6 +31,7 @@ from paramserver.errors import (
 )
 from paramserver.ledger import Ledger
 from paramserver.measures import summary
+from paramserver.reach import Reach
 from paramserver.shard import Saved
 from workers.actor import Servers, WorkerActor
 from workers.loop import Finished
@@ -46,8 +50,10 @@ _STOP_S = 10.0
 class Fleet:
     """The processes of one run, from start to end."""
 
-    def __init__(self, plan: Plan, start: Checkpoint, run: Run) -> None:
+    def __init__(self, plan: Plan, start: Checkpoint, run: Run, reach: Reach) -> None:
         """Describe the processes that go on from ``start``; `start` makes them."""
+        self._door = Door(reach, plan.config.address)
+        plan = replace(plan, guests=self._door.num_places)
         self._plan, self._config = plan, plan.config
         self._layout, self._cuts = plan.layout, plan.cuts
         self._start, self._run = start, run
@@ -76,9 +82,13 @@ class Fleet:
             "gradients": int(extra.get("gradients", 0)),
             "samples": int(extra.get("samples", 0)),
         }
+        self._ledger: Ledger | None = None  # as it was at the last checkpoint
         self._has_failed = False
         self._places = Places(
-            self._config, servers=len(plan.cuts), workers=self._config.workers, one_node=True
+            self._config,
+            servers=len(plan.cuts),
+            workers=self._config.workers,
+            share="servers" if self._door.is_needed else "all",
         )
         self._task_ref, self._course_ref = ray.put(plan.task), ray.put(plan.course)
         self._measures: dict[str, Any] = {}  # of the pushes up to the last checkpoint
@@ -109,10 +119,20 @@ class Fleet:
         self._get([lead], "starting the shards")
         ready = [w.ready.remote() for w in (*self._workers.values(), self._evaluations.actor)]
         self._get(ready, "starting the workers")
+        self._open_door()
         self._evaluations.connect()
         self._run.started()
         for worker in self._workers:
             self._let_go(worker)
+
+    def _open_door(self) -> None:
+        """Listen for workers on other machines, and for guests, if there may be any."""
+        timeout_s = self._config.call_timeout_s
+        self._servers = self._door.open(
+            self._servers, self._config.workers, self._places.beside_first(), timeout_s
+        )
+        self._door.tell(self._run.folder.path)
+        self._evaluations.servers = self._servers
 
     def watch(self) -> None:
         """Look after the run until it has ended, then write what it left.
@@ -157,6 +177,7 @@ class Fleet:
 
     def close(self) -> None:
         """End every process; nothing of the run stays behind."""
+        self._door.close()
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get([shard.close.remote() for shard in self._shards], timeout=5)
         for actor in (*self._workers.values(), *self._shards, self._evaluations.actor):
@@ -271,6 +292,7 @@ class Fleet:
         parts: list[Saved] = [saved, *self._get(others, "saving")]
         ledger.measure(self._plan.measures(parts))
         self._measures = summary(ledger.columns())
+        self._ledger = ledger
         self._run.save(self._plan.checkpoint(parts, progress), ledger)
 
     def _stop(self, reason: str) -> None:
@@ -302,6 +324,8 @@ class Fleet:
         (told,) = self._get([self._shards[0].summary.remote()], "reading the ledger")
         if self._plan.measure:
             told["measures"] = self._measures
+        if self._ledger is not None:
+            told.update(state_figures(self._plan, self._ledger))
         return {**told, "threads": self._threads}
 
     def _fail(self, error: BaseException) -> NoReturn:

@@ -27,13 +27,14 @@ from paramserver.clipping import Clip
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step, step_seed
 from workers.curriculum import Course
-from workers.estimate import Estimated, Estimator, GradientMode
+from workers.estimate import Estimated, Estimator, Given, GradientMode
 from workers.examples import Batch, Examples
 from workers.functional import Params, PureLoss
 from workers.gradients import BoundModel
 from workers.local import Local, steps_of
-from workers.own import Own, Work
-from workers.task import Task, user_code
+from workers.own import Kept, Own, Work
+from workers.task import Task, batches_of, user_code
+from workers.windows import Windows
 
 _BATCH_BYTES = 128 * 2**20
 """Parameters that the jobs of one batch may have in all, at most."""
@@ -89,6 +90,7 @@ class Samples:
 
     def __init__(
         self,
+        task: Task,
         examples: Examples,
         batch_size: int,
         num_workers: int,
@@ -97,43 +99,57 @@ class Samples:
         course: Course | None = None,
     ) -> None:
         self.batch_size, self.seed, self._course = batch_size, seed, course
-        self._examples, self._num_workers = examples, num_workers
-        self._batches: dict[int, Batches] = {}
+        self._task, self._examples, self._num_workers = task, examples, num_workers
+        self._batches: dict[int, Batches | Windows] = {}
+
+    def read(self, step: Step) -> Given:
+        """Return what the worker of ``step`` reads at it."""
+        batches = self._of(step.worker)
+        if isinstance(batches, Windows):
+            return batches.read(self._examples, step.number)
+        return self.batch([step])
 
     def batch(self, steps: Sequence[Step]) -> Batch:
-        """Return the samples of all ``steps``, one step's after the other's."""
+        """Return the samples of all ``steps``, one step's after the other's; never windows."""
         return self._examples.batch(torch.cat([self._indices(*step) for step in steps]))
 
     def _indices(self, worker: int, number: int, version: int) -> Tensor:
+        batches = self._of(worker)
+        assert isinstance(batches, Batches), "windows are read one by one"
+        return batches.indices(number, version)
+
+    def _of(self, worker: int) -> Batches | Windows:
         batches = self._batches.get(worker)
         if batches is None:
-            batches = self._batches[worker] = Batches(
-                len(self._examples),
+            batches = self._batches[worker] = batches_of(
+                self._task,
+                self._examples,
                 self.batch_size,
                 seed=self.seed,
                 worker=worker,
                 num_workers=self._num_workers,
                 course=self._course,
             )
-        return batches.indices(number, version)
+        return batches
 
 
-class Owns:
-    """What workers keep for themselves between their jobs, if they take steps of their own."""
+class Keeping:
+    """What workers keep for themselves between their jobs."""
 
-    def __init__(self, local: Local | None) -> None:
-        self._local = local
-        self._owns: dict[int, tuple[int, Own]] = {}  # of each worker: its incarnation, and what
+    def __init__(self, task: Task, local: Local | None) -> None:
+        self._task, self._local = task, local
+        self._keeps_nothing = task.recurrent is None and local is None
+        self._kept: dict[int, tuple[int, Kept]] = {}  # of each worker: its incarnation, and what
 
-    def of(self, job: Job) -> Own | None:
+    def of(self, job: Job) -> Kept:
         """Return that of the worker of ``job``; another incarnation begins without any."""
-        if self._local is None:
-            return None
-        incarnation, own = self._owns.get(job.worker, (None, None))
-        if own is None or incarnation != job.incarnation:
-            own = self._local.build()
-            self._owns[job.worker] = (job.incarnation, own)
-        return own
+        if self._keeps_nothing:
+            return Kept()
+        incarnation, kept = self._kept.get(job.worker, (None, None))
+        if kept is None or incarnation != job.incarnation:
+            kept = Kept.at_first(self._task, None if self._local is None else self._local.build)
+            self._kept[job.worker] = (job.incarnation, kept)
+        return kept
 
     def steps_of(self, job: Job) -> range:
         """Return the numbers of the steps that make ``job``."""
@@ -141,7 +157,7 @@ class Owns:
 
     def abandon(self, job: Job) -> None:
         """Forget what the worker of ``job`` has kept: it is gone."""
-        self._owns.pop(job.worker, None)
+        self._kept.pop(job.worker, None)
 
 
 class OneByOne:
@@ -169,7 +185,7 @@ class OneByOne:
         self._slot = torch.zeros(layout.numel, dtype=layout.dtype)
         slots = self._slot.split(self._sizes)
         compute = Estimator(mode, task, bound, cuts, slots, seed=samples.seed, clip=clip)
-        self._work, self._owns = Work(compute, bound, slots), Owns(local)
+        self._work, self._keeping = Work(compute, bound, slots), Keeping(task, local)
         model.train()
 
     def begin(self, job: Job) -> None:
@@ -177,25 +193,26 @@ class OneByOne:
 
     def abandon(self, job: Job) -> None:
         """Forget what its worker has kept."""
-        self._owns.abandon(job)
+        self._keeping.abandon(job)
 
     def finish(self, job: Job) -> tuple[Tensor, Estimated]:
         """Compute the gradient of ``job``, in the one slot there is."""
 
-        def prepare(step: int) -> Batch:
+        def prepare(step: int) -> Given:
             seed_step(self._samples.seed, job.worker, step)
-            return self._samples.batch([Step(job.worker, step, job.read_version)])
+            return self._samples.read(Step(job.worker, step, job.read_version))
 
-        own, steps = self._owns.of(job), self._owns.steps_of(job)
+        kept, steps = self._keeping.of(job), self._keeping.steps_of(job)
         read, batch = job.params.split(self._sizes), prepare(steps.start)
-        return self._slot, self._work(own, read, job.worker, steps, batch, prepare)
+        return self._slot, self._work(kept, read, job.worker, steps, batch, prepare)
 
 
 class Batched:
     """Computes a job that arrives together with all that are in flight; a `Gradients`.
 
     The loss must be made of functions that `torch.func.vmap` knows. Random numbers, of dropout for
-    example, differ from job to job and are not those of one by one; buffers stay as they are.
+    example, differ from job to job and are not those of one by one; buffers stay as they are. A
+    recurrent task is refused before: `torch.func.vmap` cannot follow torch's recurrent layers.
     """
 
     def __init__(
@@ -213,7 +230,7 @@ class Batched:
         Of local steps the gradients are computed together, and each worker's step is taken alone.
         """
         self._task, self._layout, self._samples, self._clip = task, layout, samples, clip
-        self._pure, self._owns = PureLoss(task, model, layout), Owns(local)
+        self._pure, self._keeping = PureLoss(task, model, layout), Keeping(task, local)
         self._in_flight: dict[Job, None] = {}  # those not computed, the oldest first
         self._max_jobs = max(1, _BATCH_BYTES // (layout.numel * layout.dtype.itemsize))
         model.train()
@@ -225,7 +242,7 @@ class Batched:
     def abandon(self, job: Job) -> None:
         """Forget ``job``, and what its worker has kept."""
         self._in_flight.pop(job, None)
-        self._owns.abandon(job)
+        self._keeping.abandon(job)
 
     def finish(self, job: Job) -> tuple[Tensor, Estimated]:
         """Return the gradient of ``job``; compute it now, with others, if it is not there yet."""
@@ -242,7 +259,7 @@ class Batched:
         for job in jobs[1:]:
             del self._in_flight[job]
         points = torch.stack([job.params for job in jobs])
-        owns = [own for job in jobs if (own := self._owns.of(job)) is not None]
+        owns = [own for job in jobs if (own := self._keeping.of(job).own) is not None]
         if owns:
             self._take_steps(jobs, owns, points)
             return
@@ -256,7 +273,7 @@ class Batched:
         """Take the steps of all ``jobs``, each at its row of ``points``, side by side."""
         for own, job, x in zip(owns, jobs, points.unbind(), strict=True):
             own.begin([job.params], [x])
-        steps, losses = [self._owns.steps_of(job) for job in jobs], [0.0] * len(jobs)
+        steps, losses = [self._keeping.steps_of(job) for job in jobs], [0.0] * len(jobs)
         for ahead in range(max(map(len, steps))):
             under_way = [
                 row for row, job in enumerate(jobs) if job.done is None and ahead < len(steps[row])

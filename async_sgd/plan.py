@@ -31,6 +31,7 @@ from workers.config import RunConfig
 from workers.curriculum import Course
 from workers.local import Local
 from workers.task import Task
+from workers.windows import Windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,13 @@ class Plan:
     cuts: tuple[range, ...]
     num_train: int
     """Training samples."""
+    windows: Windows | None
+    """Those of worker 0, if the task is recurrent and workers carry a state; all have such ones."""
     described: Mapping[str, object]
     """The optimizer, as the record holds it."""
     progress: Callable[[Mapping[str, Any]], None] | None
+    guests: int = 0
+    """Places for clients that no trainer starts."""
 
     @property
     def slot_rows(self) -> int:
@@ -157,7 +162,7 @@ class Plan:
 
         A request of a round program may show two vectors.
         """
-        needed = self.config.workers + 3
+        needed = self.config.workers + 3 + self.guests
         return needed if self.program is None else 2 * needed
 
     def _built_at(self, cut: range) -> tuple[AnyOptimizer, Schedule | None]:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from async_sgd.jobs import OneByOne, Samples
 from async_sgd.local_server import LocalServer
-from async_sgd.setup import Ready, recorded_setup
+from async_sgd.recorded import recorded_setup
+from async_sgd.setup import Ready
 from async_sgd.simulation import Buffers, Change, late_joiners
 from paramserver.checkpoint import load_checkpoint
 from paramserver.compensation import Compensation
@@ -186,7 +187,12 @@ class Replay:
         assert isinstance(shard, Shard), "round programs were refused"
         batch_size = config.batch_size or plan.task.batch_size
         samples = Samples(
-            ready.data.train, batch_size, config.workers, seed=config.seed, course=plan.course
+            plan.task,
+            ready.data.train,
+            batch_size,
+            config.workers,
+            seed=config.seed,
+            course=plan.course,
         )
         model = build_model(plan.task, config.seed)
         gradients = OneByOne(

@@ -17,30 +17,23 @@ from async_sgd.rules.asynchronous import Asynchronous
 from async_sgd.rules.pieces import Pieces
 from async_sgd.rules.ssp import SSP
 from paramserver.averaged_state import check_average
-from paramserver.averaging import AVERAGES
 from paramserver.checkpoint import Checkpoint
-from paramserver.clipping import CLIPS
 from paramserver.compensation import Compensation, check_compensation
-from paramserver.errors import CheckpointError, RecordError
-from paramserver.groups import GROUPS, described_with, refuse_groups
+from paramserver.errors import CheckpointError
+from paramserver.groups import described_with, refuse_groups
 from paramserver.layout import Layout
 from paramserver.measures import check_measures
 from paramserver.optimizers import OPTIMIZERS, SGD, AnyOptimizer, Optimizer
 from paramserver.optimizers.base import is_per_worker, needs_norm
 from paramserver.optimizers.grouped import check_groups
 from paramserver.optimizers.push_form import PushForm
-from paramserver.registry import Registry
 from paramserver.rounds import RoundOptimizer, build_program, check_size
 from paramserver.rules import Damping, RuleSpec
-from paramserver.schedules import SCHEDULES
 from workers.config import RunConfig
-from workers.curriculum import PACINGS
-from workers.difficulty import DIFFICULTIES
 from workers.local import LOCALS, Local
-from workers.programs import check_config, check_samples
-from workers.stopping import STOPPINGS
-from workers.task import Data, Task, build_data, build_model
-from workers.tasks import task as find_task
+from workers.programs import check_config, check_recurrent, check_samples
+from workers.task import Data, Task, batches_of, build_data, build_model
+from workers.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +92,8 @@ class Setup:
         check_measures(self.measure)
         self._check_program()
         self._check_groups()
+        is_program = self.program is not None or self.form is not None
+        check_recurrent(task, config, self.optimizer_name if is_program else None)
         if local is not None:
             self._check_local(local)
         self._check_workers()
@@ -183,6 +178,7 @@ class Setup:
             layout=layout,
             cuts=cuts,
             num_train=num_train,
+            windows=self._windows(data),
             described=described if self.form is None else {**described, "form": "pushes"},
             progress=progress,
         )
@@ -196,6 +192,16 @@ class Setup:
             name = LOCALS.name_of(self.local)
             refuse_groups(self.task.groups, f"local {name}", instead="no local steps")
 
+    def _windows(self, data: Data) -> Windows | None:
+        """Return worker 0's, if workers read windows; ValueError if there are too few for all."""
+        c, task = self.config, self.task
+        if task.recurrent is None or self.program is not None or self.form is not None:
+            return None
+        size = c.batch_size or task.batch_size
+        windows = batches_of(task, data.train, size, seed=c.seed, worker=0, num_workers=c.workers)
+        assert isinstance(windows, Windows), "a recurrent task has windows"
+        return windows
+
     def _check_workers(self) -> None:
         """Raise ValueError if workers' gradients become one that must be told apart."""
         if is_per_worker(self.optimizer) and self.rule.build(self.config.workers).gathers:
@@ -208,6 +214,11 @@ class Setup:
 
     def _check_cancel(self) -> None:
         """Raise ValueError for what cannot be given up half way."""
+        if self.task.recurrent is not None and self.task.recurrent.reset == "never":
+            raise ValueError(
+                f"task {self.task.name} carries a state from window to window, and a rule with "
+                "cancel=true gives up windows half way: leave cancel out, or use reset=pull"
+            )
         if self.form is not None:
             raise ValueError(
                 f"{self.optimizer_name} keeps points from push to push, and a rule with "
@@ -356,57 +367,3 @@ class Setup:
             raise ValueError(
                 f"{name} needs the whole vector in one place: use 1 shard, not {self.shards}"
             )
-
-
-def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) -> Setup:
-    """Build again what the configuration in the record ``folder`` describes, on one shard.
-
-    Args:
-        folder: Of the record.
-        config: Its configuration.
-        given: What was trained, if the configuration cannot name it; None takes its name.
-
-    Raises:
-        RecordError: The configuration lacks something.
-        PluginError: It names plug-ins that do not exist here.
-    """
-    if given is None:
-        described = config.get("task")
-        if not isinstance(described, Mapping):
-            raise RecordError(f"{folder} does not say how its task {described!r} is made: give it")
-        given = find_task(described)
-
-    def built(name: str, registry: Registry[Any]) -> Any:
-        value = config.get(name)
-        return None if value is None else registry.build(value)
-
-    plain = (
-        "workers", "batch_size", "epochs", "updates", "validation", "seed", "gradient", "on_nan",
-        "threads",
-    )  # fmt: skip
-    try:
-        return Setup(
-            given,
-            OPTIMIZERS.build(config["optimizer"]),
-            RunConfig(
-                **{name: config[name] for name in plain},
-                curriculum=built("curriculum", PACINGS),
-                difficulty=built("difficulty", DIFFICULTIES),
-                early_stopping=built("early_stopping", STOPPINGS),
-                clip=built("clip", CLIPS),
-                schedule=built("schedule", SCHEDULES),
-                group=tuple(GROUPS.build(group) for group in config.get("group", ())),
-                freeze=tuple(config.get("freeze", ())),
-                average=built("average", AVERAGES),
-            ),
-            rule=built("rule", RULES),
-            damping=built("damping", DAMPINGS),
-            compensation=built("compensation", COMPENSATIONS),
-            local=built("local", LOCALS),
-            measure=config.get("measure", ()),
-            shards=1,
-        )
-    except KeyError as error:
-        raise RecordError(
-            f"{folder} was written by another version of this library: it has no {error}"
-        ) from error

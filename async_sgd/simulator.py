@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from async_sgd.calibration import Calibration, distance
+from async_sgd.carried import state_figures
 from async_sgd.delays import DELAYS, DelayLaw, Exponential
 from async_sgd.jobs import Batched, Gradients, OneByOne, Samples
 from async_sgd.network import Network
@@ -125,6 +126,11 @@ class Simulator:
                 f"batched computes by reverse mode only: leave it, or gradient="
                 f"{self.config.gradient}"
             )
+        if batched and task.recurrent is not None:
+            raise ValueError(
+                "batched computes by torch.func.vmap, which cannot follow torch's recurrent layers "
+                f"and carries no state from window to window of task {task.name}: leave it out"
+            )
         self.delay.check(self.config.workers)
         if service is not None:
             service.check(self.config.workers)
@@ -192,6 +198,7 @@ class _Simulated:
         self._sequencer = plan.sequencer(start, None, absent=len(late_joiners(simulator.changes)))
         self._standing = Standing(self._sequencer)
         samples = Samples(
+            plan.task,
             ready.data.train,
             config.batch_size or plan.task.batch_size,
             num_workers,
@@ -274,11 +281,12 @@ class _Simulated:
         self.run.finish(reason, status, self._summary())
 
     def _summary(self) -> dict[str, Any]:
-        told = self._standing.summary()
+        ledger = self._sequencer.ledger
+        told = {**self._standing.summary(), **state_figures(self._plan, ledger)}
         if self._plan.measure:
-            told["measures"] = summary(self._sequencer.ledger.columns())
+            told["measures"] = summary(ledger.columns())
         if self._like is not None:
-            simulated = self._sequencer.ledger.staleness.histogram()
+            simulated = ledger.staleness.histogram()
             told["like"] = {
                 "path": str(self._like.folder),
                 "gradients_per_s": self._like.gradients_per_s,

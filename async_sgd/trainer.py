@@ -19,6 +19,7 @@ from async_sgd.fleet import Fleet
 from async_sgd.setup import Setup
 from paramserver.compensation import Compensation
 from paramserver.optimizers import AnyOptimizer
+from paramserver.reach import Reach
 from paramserver.record import Result
 from paramserver.rules import Damping, RuleSpec
 from workers.config import RunConfig
@@ -43,6 +44,7 @@ class AsyncTrainer:
         local: Local | None = None,
         measure: Sequence[str] = (),
         shards: int = 1,
+        reach: Reach | None = None,
         progress: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         """Describe a run; `fit` makes it.
@@ -60,6 +62,8 @@ class AsyncTrainer:
             measure: What is measured of each push beside its staleness, some of ``gap``,
                 ``cosine`` and ``step`` (`paramserver.measures`).
             shards: Server processes the parameters are cut over.
+            reach: What the run listens on beside Unix sockets, and what its workers reach the
+                shards by; None shares memory on this machine, and is not reached from others.
             progress: Called with the state of the run a few times a second.
 
         Raises:
@@ -77,6 +81,7 @@ class AsyncTrainer:
             measure=measure,
             shards=shards,
         )
+        self._reach = reach or Reach()
         self.progress = progress
 
     def fit(self) -> Result:
@@ -94,7 +99,7 @@ class AsyncTrainer:
         run = Run.start(setup.task, self.config, ready.plan.layout, setup.described())
         start = ready.start(run.resumed, run.folder.path)
         with ray_session(self.config.address, self.config.workers + setup.shards + 1):
-            fleet = Fleet(ready.plan, start, run)
+            fleet = Fleet(ready.plan, start, run, self._reach)
             try:
                 fleet.start()
                 fleet.watch()

@@ -28,6 +28,7 @@ _CAPTION = (
 
 def section(record: Record) -> Iterator[str]:
     """Return what a page shows of it, nothing if the net was not looked at."""
+    yield from _curvature(record)
     lines = [line for line in record.metrics if line.get("kind") == "diagnostics"]
     if not lines:
         return
@@ -53,6 +54,20 @@ def section(record: Record) -> Iterator[str]:
                 for kind, share in of.items()
             ],
         )
+
+
+def _curvature(record: Record) -> Iterator[str]:
+    """Return what `paramserver diagnose` found of the run, if it was asked."""
+    rows = []
+    for line in record.metrics:
+        if line.get("kind") == "curvature":
+            count = f"{line['negative']:,}" if line["whole"] else f"{line['negative']:,} or more"
+            low, high = _number(line["ritz"][0]), _number(line["ritz"][-1])
+            where = f"{line['samples']:,} {line['data']}"
+            rows.append((f"{line['version']:,}", where, low, high, count, line["verdict"]))
+    if rows:
+        head = ["version", "samples", "smallest eigenvalue", "largest", "negative", "this is"]
+        yield page.table(head, rows, wide=True)
 
 
 def _shown(names: Sequence[str]) -> list[str]:

@@ -32,6 +32,8 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "list": ("deploy.listing", "the tasks, optimizers, rules, …: names, keys, defaults, sources"),
     "experiment": ("deploy.experiment.command", "many runs compared: a table, CSV files and plots"),
     "report": ("deploy.reporting", "one or several runs as a self-contained page"),
+    "surface": ("deploy.surface.command", "the loss around a run, with the path of training on it"),
+    "diagnose": ("deploy.diagnose", "a minimum or a saddle? Hessian, gradients and units of a run"),
     "bench": ("deploy.benching", "measure push and pull, training or all-reduce on this machine"),
 }
 

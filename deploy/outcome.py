@@ -63,6 +63,9 @@ def _staleness(record: Mapping[str, Any]) -> dict[str, str]:
     if staleness:
         shown = [f"{k} {staleness[k]:.3g}" for k in ("mean", "p95", "max") if k in staleness]
         rows["staleness"] = ", ".join(shown)
+    states = record.get("state_staleness")
+    if states:
+        rows["state staleness"] = ", ".join(f"{k} {states[k]:.3g}" for k in ("mean", "p95", "max"))
     for name, of in record.get("measures", {}).items():
         rows[name] = measure(of)
     like = record.get("like")

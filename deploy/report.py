@@ -139,9 +139,10 @@ def _facts(record: Record) -> dict[str, str]:
             said[when] = _metrics(done[when])
     if done.get("kept") == "best":
         said["kept"] = f"version {_value(done['best']['version'])}, the best one, in best/"
-    if "staleness" in done:
-        s = done["staleness"]
-        said["staleness"] = ", ".join(f"{k} {_value(s[k])}" for k in ("mean", "p50", "p95", "max"))
+    for key in ("staleness", "state_staleness"):
+        if key in done:
+            figures = (f"{k} {_value(done[key][k])}" for k in ("mean", "p50", "p95", "max"))
+            said[key.replace("_", " ")] = ", ".join(figures)
     for name, of in done.get("measures", {}).items():
         said[name] = measure(of)
     if "dropped" in done:

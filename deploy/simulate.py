@@ -10,7 +10,7 @@ from typing import Any
 from async_sgd.calibration import calibrate
 from async_sgd.delays import DELAYS, DelayLaw, Exponential
 from async_sgd.network import Network
-from async_sgd.setup import recorded_setup
+from async_sgd.recorded import recorded_setup
 from async_sgd.simulation import Change
 from async_sgd.simulator import REAL_ONLY, Simulator
 from deploy.flags import Flags, Parser, UsageError, spell
@@ -71,11 +71,22 @@ class SimulateFlags(RunFlags):
     like: Path | None = None
     """Record of a real run: simulate the same, with delays fitted to its own; other flags win."""
 
+    seeds: int = 1
+    """Runs that differ by their seed alone, from ``seed`` on, one after the other in this process;
+    with more than one, what is told is their spread. Finished ones are not made again."""
+
     evaluate_every_s: float = 10.0
     """Seconds between evaluations on the test data; 0 evaluates only at the end."""
 
     def __post_init__(self) -> None:
         RunFlags.__post_init__(self)
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be 1 or more, got {self.seeds}")
+        if self.seeds > 1 and self.like is not None:
+            raise ValueError(
+                "seeds: a run like a recorded one is compared with that record alone: leave out "
+                "seeds or like, or give the delay that like has told of"
+            )
         self.network()
         measures_of(self.measure)
         self.parsed_changes()
@@ -102,9 +113,14 @@ def run(argv: Sequence[str]) -> int:
         "  paramserver simulate --workers 64 --delay gamma:mean=1,cv=0.3 --damping dynsgd\n"
         "  paramserver simulate --workers 8 --rule ssp:bound=2 --delay straggler:probability=0.05\n"
         "  paramserver simulate --workers 4 --rule bsp --changes crash:2@30,join:2@60\n"
+        "  paramserver simulate --workers 8 --damping dynsgd --seeds 20\n"
         "  paramserver simulate --like runs/today",
     )
     flags = Flags(SimulateFlags, PLUGINS, without=REAL_ONLY).parse(argv, parser, _like)
+    if flags.seeds > 1:
+        from deploy.experiment import replicas  # noqa: PLC0415  # it makes runs by this module
+
+        return replicas.run(flags)
     starting = (
         f"simulated {flags.title('async')}: {flags.workers} workers, "
         f"{spell(DELAYS, flags.delay)} delays …"

@@ -5,10 +5,12 @@ Also the script of `ray submit deploy/cluster.yaml deploy/train.py -- FLAGS`, on
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from deploy.flags import Flags, Parser
@@ -16,8 +18,11 @@ from deploy.launch import check_folders, defaults, ended_in_order
 from deploy.running import DEFAULT_EPOCHS, PLUGINS, RunFlags, Tell, Trainer, make_run
 from paramserver.compensation import Compensation
 from paramserver.measures import measures_of
+from paramserver.reach import Reach, Transport
 from paramserver.rules import Damping, RuleSpec
 from workers.local import Local
+
+_REACH = tuple(field.name for field in dataclasses.fields(Reach))
 
 _ONLY_IN: Mapping[str, Literal["async", "sync"]] = {
     "rule": "async",
@@ -26,6 +31,7 @@ _ONLY_IN: Mapping[str, Literal["async", "sync"]] = {
     "local": "async",
     "measure": "async",
     "shards": "async",
+    **dict.fromkeys(_REACH, "async"),
     "reduce": "sync",
     "collective": "sync",
     "network_interface": "sync",
@@ -64,6 +70,33 @@ class TrainFlags(RunFlags):
     shards: int | None = None
     """Server processes the parameters are cut over; async only, where it is 1 unless given."""
 
+    transport: Transport | None = None
+    """What workers reach the shards by: with auto shared memory on the shards' node and gRPC on
+    others; async only, where it is auto unless given."""
+
+    listen: str | None = None
+    """Address for gRPC, ``host:port``; async only. Unless given, a run on one machine listens on
+    Unix sockets alone, and one over several nodes at a free port of this one."""
+
+    guests: int | None = None
+    """Places for clients that join by `paramserver.Client.connect`, without Ray; async only, where
+    it is 0 unless given. The run's folder tells them how, in ``connect.json``."""
+
+    tls_certificate: Path | None = None
+    """PEM file with the certificate that is shown to whoever connects; async only."""
+
+    tls_key: Path | None = None
+    """PEM file with its private key; async only."""
+
+    tls_ca: Path | None = None
+    """PEM file with the authority that signed it, and that everybody who connects needs a
+    certificate of; async only."""
+
+    clear_text: bool | None = None
+    """Whether to listen without TLS where other machines can connect: everybody on the way can then
+    read the run's token and parameters, and change them; async only, where it is false unless
+    given."""
+
     reduce: Literal["mean", "sum"] | None = None
     """How the workers' gradients become one; sync only, where it is mean unless given."""
 
@@ -83,13 +116,21 @@ class TrainFlags(RunFlags):
                     f"{name} is for mode {mode} only, and this run's is {self.mode}{instead}"
                 )
         measures_of(self.measure)
+        self.reach()
         if self.shards is not None and self.shards < 1:
             raise ValueError(f"shards must be 1 or more, got {self.shards}")
+
+    def reach(self) -> Reach:
+        """Return how the run can be reached."""
+        given = {name: getattr(self, name) for name in _REACH}
+        return Reach(**{name: value for name, value in given.items() if value is not None})
 
     def only_mine(self) -> dict[str, Any]:
         """Return the options of this run's mode that were given."""
         mine = {name: getattr(self, name) for name, mode in _ONLY_IN.items() if mode == self.mode}
         given = {name: value for name, value in mine.items() if value is not None}
+        if [name for name in _REACH if given.pop(name, None) is not None]:
+            given["reach"] = self.reach()
         return {**given, "measure": measures_of(given["measure"])} if "measure" in given else given
 
 

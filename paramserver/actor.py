@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -27,7 +28,15 @@ from paramserver.server import Follower, Leader
 from paramserver.shard import Saved, Shard
 from paramserver.shard_config import ShardConfig
 from paramserver.standing import Standing
+from paramserver.transports.link import machine
 from paramserver.transports.shared_memory import Host
+
+if TYPE_CHECKING:
+    from paramserver.transports.gateway import Gateway, GatewayConfig
+
+
+OWN_ADDRESS = "own-node:0"
+"""Where a gateway listens at a free port of the address that Ray knows its node by."""
 
 
 class ShardServer:
@@ -161,9 +170,42 @@ class ShardServer:
         return self._leader
 
 
+class GatewayServer:
+    """The process that clients on other nodes, and without Ray, speak to."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        """Keep what `start` needs: Ray hides what a constructor raises."""
+        torch.set_num_threads(1)
+        self._config = config
+        self._gateway: Gateway | None = None
+
+    def start(self) -> tuple[str, str]:
+        """Listen; return the address as other nodes reach it, and the machine this is.
+
+        Raises:
+            ResourceError: The address cannot be listened at, or a certificate not be read.
+        """
+        # gRPC is imported by those processes alone that speak it
+        from paramserver.transports.gateway import Gateway  # noqa: PLC0415
+
+        config, own = self._config, ray.util.get_node_ip_address()
+        if config.listen == OWN_ADDRESS:
+            config = replace(config, listen=f"{own}:0")
+        self._gateway = Gateway(config)
+        host, colon, port = self._gateway.start().rpartition(":")
+        everywhere = ("0.0.0.0", "[::]")  # noqa: S104  # what a user may have asked for
+        return (own if host in everywhere else host) + colon + port, machine()
+
+    def close(self) -> None:
+        """End every conversation."""
+        if self._gateway is not None:
+            self._gateway.close()
+
+
 def _read(path: str) -> str:
     with open(path, encoding="ascii") as file:
         return file.read()
 
 
 ShardActor = ray.remote(max_restarts=0, max_task_retries=0)(ShardServer)
+GatewayActor = ray.remote(max_restarts=0, max_task_retries=0)(GatewayServer)

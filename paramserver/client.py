@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
 from paramserver.errors import ProtocolError
+from paramserver.layout import Layout
 from paramserver.messages import Kind, Message, raise_failure
 from paramserver.transports import Connection
 
@@ -46,6 +48,7 @@ class Client:
         clock: int = 0,
         wait_s: float = 120.0,
         while_waiting: Callable[[], None] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Speak over connections that said hello, the leader's first.
 
@@ -56,7 +59,9 @@ class Client:
             clock: Iterations its earlier lives have ended.
             wait_s: Seconds an answer may take, a rule's waiting included.
             while_waiting: Called between a push's messages and its answer; for tests.
+            layout: How the parameters lie in the shards' vectors, end to end, where that is known.
         """
+        self.layout = layout
         self.worker, self.incarnation, self.clock = worker, incarnation, clock
         self._leader, *self._followers = connections
         self._connections = tuple(connections)
@@ -65,6 +70,54 @@ class Client:
         self._version = 0
         self._last_grants: dict[int, Message] = {}  # of each follower
         self._while_waiting = while_waiting
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        token: str,
+        ca: Path | str | None = None,
+        *,
+        certificate: Path | str | None = None,
+        key: Path | str | None = None,
+        reads: bool = False,
+        clear_text: bool = False,
+        timeout_s: float = 60.0,
+    ) -> Client:
+        """Join a run that listens, from any process, without Ray; its `layout` comes with it.
+
+        Args:
+            address: Where it listens: ``host:port``, ``unix:path`` or ``unix-abstract:name``.
+            token: The run's secret; see ``connect.json`` in its folder.
+            ca: PEM file with the authority that signed the run's certificate; without one nothing
+                is encrypted, which is taken on this machine only.
+            certificate: PEM file with this client's own certificate, if the run wants one.
+            key: Its private key.
+            reads: Whether to `read` only; else it is a worker, for whom others may wait.
+            clear_text: Whether clear text may leave this machine: everybody on the way can then
+                read the token and the parameters, and change them.
+            timeout_s: Seconds it may take to get in.
+
+        Raises:
+            ServerLostError: Nobody listens there, or the certificates do not let the two speak.
+            ProtocolError: The token is not this run's, or the protocol another version.
+            ResourceError: The run has no place left, or clear text would leave this machine.
+        """
+        # gRPC is a dependency of those alone who use it
+        from paramserver.transports.calls import register  # noqa: PLC0415
+        from paramserver.transports.remote import remote_at  # noqa: PLC0415
+
+        remote = remote_at(address, token, ca, certificate, key, clear_text)
+        place = register(remote, reads=reads, timeout_s=timeout_s)
+        connections = place.connect(remote, timeout_s)
+        return cls(
+            connections,
+            worker=place.worker,
+            incarnation=place.incarnation,
+            clock=connections[0].welcome.clock,
+            wait_s=place.wait_s,
+            layout=place.layout,
+        )
 
     @property
     def slots(self) -> tuple[Tensor, ...]:

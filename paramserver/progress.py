@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+_SPOILT, _SPOILT_A_WORKER = 100, 10
+"""Gradients in a row that are not finite until there is no hope, and as many a worker."""
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -11,6 +14,17 @@ class Budget:
 
     updates: int | None = None
     samples: int | None = None
+
+
+def hopeless(spoilt: int, num_workers: int) -> str | None:
+    """Return why a run ends whose last ``spoilt`` gradients were not finite, or None for hope.
+
+    Dropping gradients that are not finite helps while the parameters are. Once they have diverged,
+    none is finite ever again, and what counts updates and samples stands still.
+    """
+    if spoilt < max(_SPOILT, _SPOILT_A_WORKER * num_workers):
+        return None
+    return f"the parameters have diverged: none of the last {spoilt} gradients was finite"
 
 
 @dataclass(slots=True)

@@ -5,6 +5,8 @@
     updates.npz      one row a push, see `paramserver.ledger`; asynchronous runs only
     checkpoint/      see `paramserver.checkpoint`
     best/            likewise: the parameters of the best version, if early stopping kept them
+    trajectory/      see `paramserver.trajectory`
+    surface/         see `deploy.surface`
     result.json      what came out, written last
     report.html      see `deploy.report`
 
@@ -33,6 +35,7 @@ from numpy.typing import NDArray
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
 from paramserver.ledger import Ledger
+from paramserver.trajectory import rewind
 
 AXES = ("gradients", "updates", "seconds")
 """What every line of metrics.jsonl has: how far the run was."""
@@ -68,6 +71,7 @@ class RunFolder:
                 folder.updates,
                 folder.checkpoint,
                 folder.best,
+                folder.trajectory,
                 folder.result,
             )
             taken = any(file.exists() for file in files)
@@ -126,6 +130,16 @@ class RunFolder:
         return self.path / "best"
 
     @property
+    def trajectory(self) -> Path:
+        """The folder of the parameters of evaluations; there if the run was to keep them."""
+        return self.path / "trajectory"
+
+    @property
+    def surface(self) -> Path:
+        """The folder of error surfaces that were computed around the run, a folder each."""
+        return self.path / "surface"
+
+    @property
     def result(self) -> Path:
         """What came out."""
         return self.path / "result.json"
@@ -155,7 +169,7 @@ class RunFolder:
     def rewind(self, updates: int) -> None:
         """Forget what came after ``updates``: a run that goes on from a checkpoint does it again.
 
-        Later lines of metrics.jsonl go, and the result.
+        Later lines of metrics.jsonl go, later snapshots of the trajectory, and the result.
 
         Raises:
             RecordError: The folder cannot be written.
@@ -163,6 +177,7 @@ class RunFolder:
         kept = [line for line in _read_lines(self.metrics) if line["updates"] <= updates]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         _write(self.metrics, text)
+        rewind(self.trajectory, updates)
         self.result.unlink(missing_ok=True)
 
     def write_config(self, config: Mapping[str, object]) -> None:

@@ -20,7 +20,7 @@ from paramserver.errors import (
 )
 from paramserver.ledger import Ledger, Move
 from paramserver.messages import Action, Kind, Message
-from paramserver.progress import Budget, Member, Progress, Wait
+from paramserver.progress import Budget, Member, Progress, Wait, hopeless
 from paramserver.rules import Damping, Drop, Push, Rule
 
 
@@ -74,7 +74,7 @@ class Sequencer:
         self._budget = budget or Budget()
         self._expected = expected
         self._last = -1  # the worker that pushed last
-        self._on_nan = on_nan
+        self._on_nan, self._spoilt = on_nan, 0  # gradients in a row that were not finite
         self._wait_timeout_s = wait_timeout_s
         self._waiting: dict[int, None] = {}  # workers that wait, the longest first
         self._workers = {
@@ -288,7 +288,9 @@ class Sequencer:
         if self.ended is not None:
             return "ended"
         if self._on_nan == "pass" or (math.isfinite(m.norm) and math.isfinite(m.loss)):
+            self._spoilt = 0
             return None
+        self._spoilt += 1
         if self._on_nan == "stop":
             self.fail(NonFiniteGradientError(m.worker, state.clock, m.text or "loss"))
         return "nonfinite"
@@ -334,6 +336,8 @@ class Sequencer:
             self.stop(f"{self.version} updates")
         elif samples is not None and self.samples >= samples:
             self.stop(f"{self.samples} samples")
+        elif (reason := hopeless(self._spoilt, len(self._workers))) is not None:
+            self.stop(reason)
 
     def _release(self, cause: int, now: float, asking: list[int]) -> list[Message]:
         """Grant reads to those that waited and to ``asking`` workers, if the rule lets them."""

@@ -25,6 +25,8 @@ class Position:
     """Gradients the updates are made of."""
     samples: int = 0
     """Samples those gradients are made of."""
+    spoilt: int = 0
+    """Gradients that were left out, as some were not finite, since the last update."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ class RoundTrainee:
         return self._runner.rounds + 1
 
     def _ended(self) -> str | None:
-        return self._runner.stop or self._plan.ended(self._position)
+        return self._runner.stop or self._plan.ended(self._position, self._collective.world)
 
     def _answer(self, request: Ask | Sum, desk: Desk) -> Answer | Tensor:
         if isinstance(request, Ask):

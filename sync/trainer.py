@@ -34,6 +34,7 @@ from paramserver.errors import (
 )
 from paramserver.groups import described_with, refuse_groups
 from paramserver.layout import Layout
+from paramserver.ledger import StalenessStats
 from paramserver.optimizers import OPTIMIZERS, AnyOptimizer, Optimizer
 from paramserver.optimizers.grouped import check_groups
 from paramserver.record import Result
@@ -43,16 +44,15 @@ from sync.crew import Crew, Lost
 from sync.desk import Part, Position, Status
 from sync.step import Reduce
 from sync.worker import Plan
-from workers.batches import Batches
 from workers.config import RunConfig
 from workers.curriculum import Course
 from workers.examiner import Examined
 from workers.packing import pack
-from workers.programs import check_config, check_samples
+from workers.programs import check_config, check_recurrent, check_samples
 from workers.reservation import Places
 from workers.run import Run
 from workers.session import ray_session
-from workers.task import Task, build_data, build_model
+from workers.task import Data, Task, batches_of, build_data, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +113,10 @@ class SyncTrainer:
 
     def _check_program(self) -> None:
         """Raise ValueError for what a round program cannot be combined with."""
+        name = OPTIMIZERS.name_of(self.optimizer)
+        check_recurrent(self.task, self.config, None if self.program is None else name)
         if self.program is None:
             return
-        name = OPTIMIZERS.name_of(self.optimizer)
         check_config(name, self.config)
         refuse_groups(self.task.groups, name)
         if self.reduce != "mean":
@@ -146,7 +147,7 @@ class SyncTrainer:
         num_train = len(data.train)
         if self.program is not None:
             check_samples(OPTIMIZERS.name_of(self.optimizer), self.optimizer, num_train)
-        plan = self._plan(layout, num_train, self.config.course(self.task, data))
+        plan = self._plan(layout, data, self.config.course(self.task, data))
         run = Run.start(self.task, self.config, layout, self._described())
         optimizer = described_with(OPTIMIZERS.describe(self.optimizer), self.task.groups)
         start = run.resumed or Checkpoint.fresh(layout, layout.flatten(model), optimizer)
@@ -159,12 +160,12 @@ class SyncTrainer:
             _Driver(self, plan, start, run).drive()
         return run.result()
 
-    def _plan(self, layout: Layout, num_train: int, course: Course | None) -> Plan:
+    def _plan(self, layout: Layout, data: Data, course: Course | None) -> Plan:
         c = self.config
         batch_size = c.batch_size or self.task.batch_size
         if self.program is None:  # a rank may have no piece of a sample, but never no batch
-            last = c.workers - 1
-            Batches(num_train, batch_size, seed=c.seed, worker=last, num_workers=c.workers)
+            last, num = c.workers - 1, c.workers
+            batches_of(self.task, data.train, batch_size, seed=c.seed, worker=last, num_workers=num)
         clips_own = c.clip is not None and c.clip.where == "worker"
         return Plan(
             layout=layout,
@@ -181,7 +182,7 @@ class SyncTrainer:
             course=course,
             on_nan=c.on_nan,
             updates=c.updates,
-            samples=None if c.epochs is None else math.ceil(c.epochs * num_train),
+            samples=None if c.epochs is None else math.ceil(c.epochs * len(data.train)),
         )
 
     def _described(self) -> dict[str, Any]:
@@ -211,7 +212,7 @@ class _Driver:
             places=Places(
                 self._config,
                 workers=self._config.workers,
-                one_node=trainer.collective == "shared_memory",
+                share="all" if trainer.collective == "shared_memory" else "nothing",
             ),
             network_interface=trainer.network_interface,
             wait_timeout_s=self._config.wait_timeout_s,
@@ -219,6 +220,7 @@ class _Driver:
         )
         self._status = Status(_position(start)).figures()
         self._summary: dict[str, Any] = {}
+        self._states: StalenessStats | None = None  # how stale those were that rank 0 carried
         self._ending: str | None = None  # why the driver wants the run to end
 
     def drive(self) -> None:
@@ -264,6 +266,7 @@ class _Driver:
             last = came[0]
             reason = self._ending or last.reason
             assert reason is not None, "a run ends by itself or because the driver wants it to"
+            self._states = last.states
             self._finish(reason, self._joined([f.part for f in came]), last.status)
             return True
         since = self._latest.version
@@ -374,6 +377,8 @@ class _Driver:
             "dropped": self._status["dropped"],
             "waits": waits,
         }
+        if self._states is not None:
+            self._summary["state_staleness"] = self._states.summary()
 
     def _joined(self, parts: Sequence[Part]) -> Checkpoint:
         """Make one checkpoint of every rank's share."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -20,19 +20,23 @@ from paramserver.clipping import Clip
 from paramserver.errors import NonFiniteGradientError
 from paramserver.groups import Group
 from paramserver.layout import Layout
+from paramserver.ledger import StalenessStats
 from paramserver.optimizers import AnyOptimizer, Optimizer
 from paramserver.optimizers.grouped import grouped
+from paramserver.progress import hopeless
 from paramserver.schedules import Schedule
 from sync.collective import Collective
 from sync.desk import Desk, Part, Position, Snapshot, Status
 from sync.replicas import check_equal
 from sync.step import Outcome, Reduce, Report, Stepper
-from workers.batches import Batches, seed_step
+from workers.batches import seed_step
 from workers.curriculum import Course
 from workers.estimate import Estimator, GradientMode
 from workers.examples import Examples
 from workers.gradients import BoundModel
-from workers.task import Task
+from workers.own import Kept
+from workers.recurrent import Carried
+from workers.task import Task, batches_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +72,16 @@ class Plan:
     compare_every: int = 1000
     """Steps between two comparisons of the replicas; they are compared at the end as well."""
 
-    def ended(self, position: Position) -> str | None:
-        """Return why a run ends at ``position``, if the budget is used up there."""
+    def ended(self, position: Position, world: int) -> str | None:
+        """Return why a run of ``world`` ranks ends at ``position``, if it does.
+
+        The budget is used up there, or the parameters have diverged.
+        """
         if self.updates is not None and position.version >= self.updates:
             return f"{position.version} updates"
         if self.samples is not None and position.samples >= self.samples:
             return f"{position.samples} samples"
-        return None
+        return hopeless(position.spoilt, world)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,8 @@ class Finished:
     """None if the driver wanted it to end."""
     part: Part
     status: Status
+    states: StalenessStats | None = None
+    """How stale the states were that this rank carried, if the task is recurrent."""
 
 
 class Trainee:
@@ -127,16 +136,20 @@ class Trainee:
             seed=plan.seed,
             clip=plan.clip_own,
         )
-        self._batches = Batches(
-            len(examples),
+        self._batches = batches_of(
+            task,
+            examples,
             plan.batch_size,
             seed=plan.seed,
             worker=collective.rank,
             num_workers=collective.world,
             course=plan.course,
         )
+        self._kept = Kept.at_first(task, None)
+        self._states = StalenessStats()
         self._names = [slot.name for slot in plan.layout.slots] + ["loss"]
         self._position = Position()
+        self._state_version = 0  # that of the parameters which made the carried state
 
     def load(
         self,
@@ -170,12 +183,13 @@ class Trainee:
             ReplicaMismatchError: The ranks' models differ.
             TaskError: The task's loss failed.
         """
-        plan, status = self._plan, Status(self._position, waited_s=(0.0,) * self._collective.world)
+        plan, world = self._plan, self._collective.world
+        status = Status(self._position, waited_s=(0.0,) * world)
         desk.status = status
         saved, stop = 0, False
         self._model.train()
         try:
-            while (reason := plan.ended(self._position)) is None and not stop:
+            while (reason := plan.ended(self._position, world)) is None and not stop:
                 outcome = self._stepper.step(self._position.clock + 1, self._gradient(desk))
                 status = self._account(outcome, status)
                 desk.status = status
@@ -189,7 +203,8 @@ class Trainee:
                 if self._position.clock % plan.compare_every == 0:
                     self._compare()
             self._compare()
-            return Finished(reason, self._part(), status)
+            states = None if self._kept.carried is None else self._states
+            return Finished(reason, self._part(), status, states)
         except NonFiniteGradientError:
             desk.lay(self._part())  # all ranks are at the end of the same step: it can be kept
             raise
@@ -201,11 +216,10 @@ class Trainee:
         start = time.perf_counter()
         clock = self._position.clock
         seed_step(self._plan.seed, self._collective.rank, clock)
-        indices = self._batches.indices(clock, self._position.version)
-        batch = self._examples.batch(indices)
-        done = self._compute(batch, self._collective.rank, clock)
+        batch = self._batches.read(self._examples, clock, self._position.version)
+        done = self._compute(batch, self._collective.rank, clock, self._carried())
         return Report(
-            samples=len(indices),
+            samples=self._batches.batch_size,
             loss=done.loss,
             norm=done.norm,
             seconds=time.perf_counter() - start,
@@ -214,6 +228,18 @@ class Trainee:
             save=desk.save,
             show=desk.show.is_set(),
         )
+
+    def _carried(self) -> Carried | None:
+        """Return what holds this rank's state, if the task is recurrent; count how stale it is."""
+        kept, position = self._kept, self._position
+        if kept.carried is None:
+            return None
+        if kept.resets:
+            kept.carried.reset()
+        elif kept.carried.at(position.clock) is not None:
+            self._states.add(self._collective.rank, position.version - self._state_version)
+        self._state_version = position.version
+        return kept.carried
 
     def _account(self, outcome: Outcome, status: Status) -> Status:
         """Move on from a step; a gradient that is not finite ends the run if the plan says so."""
@@ -224,7 +250,8 @@ class Trainee:
             raise NonFiniteGradientError(worker, was.clock + 1, layer)
         waited_s = blame(status.waited_s, [r.seconds for r in reports])
         if not outcome.applied:
-            self._position = Position(was.version, was.clock + 1, was.gradients, was.samples)
+            spoilt = was.spoilt + len(reports)
+            self._position = replace(was, clock=was.clock + 1, spoilt=spoilt)
             dropped = status.dropped + len(reports)
             return Status(self._position, status.loss_sum, dropped, waited_s)
         samples = sum(r.samples for r in reports)

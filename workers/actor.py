@@ -6,6 +6,7 @@ import ctypes
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -17,8 +18,9 @@ from paramserver.errors import ParamServerError
 from paramserver.layout import Layout
 from paramserver.messages import Kind, Message
 from paramserver.optimizers.push_form import PushForm
+from paramserver.reach import Transport
+from paramserver.transports.link import machine
 from paramserver.transports.shared_memory import SharedMemoryConnection
-from workers.batches import Batches
 from workers.curriculum import Course
 from workers.estimate import GradientMode
 from workers.examiner import Examined, Examiner, Keep, Looks
@@ -28,7 +30,11 @@ from workers.loop import Finished, train
 from workers.oracles import Oracle
 from workers.pieces import answer
 from workers.pushes import Maker, push
-from workers.task import Data, Task, build_data, build_model
+from workers.task import Data, Task, batches_of, build_data, build_model
+
+if TYPE_CHECKING:
+    from paramserver.transports.grpc_connection import GrpcConnection
+    from paramserver.transports.remote import Remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,11 @@ class Servers:
     slot_rows: int = 1
     """Rows of a slot; more than one for pushes of several, and for a program that asks for
     matrices."""
+    transport: Transport = "auto"
+    remote: Remote | None = None
+    """Where they listen for workers on other machines; None if they do not."""
+    machine: str = ""
+    """Which one they are on, if they listen."""
 
     def connect(self, worker: int, incarnation: int) -> Client:
         """Join as ``worker``, or as a reader if it is below 0: followers first, then the leader."""
@@ -56,7 +67,7 @@ class Servers:
             incarnation=incarnation,
             text=f"{self.token} {self.layout.fingerprint}",
         )
-        connections: list[SharedMemoryConnection] = []
+        connections: list[SharedMemoryConnection | GrpcConnection] = []
         try:
             for shard in reversed(range(len(self.addresses))):
                 connections.insert(0, self._connect(shard, hello))
@@ -69,7 +80,28 @@ class Servers:
             connections, worker=worker, incarnation=incarnation, clock=clock, wait_s=self.wait_s
         )
 
-    def _connect(self, shard: int, hello: Message) -> SharedMemoryConnection:
+    @property
+    def _is_near(self) -> bool:
+        """Whether this process shares memory with the shards, and is to use it."""
+        if self.remote is None or self.transport == "shared-memory":
+            return True
+        return self.transport == "auto" and self.machine == machine()
+
+    def _connect(self, shard: int, hello: Message) -> SharedMemoryConnection | GrpcConnection:
+        if not self._is_near:
+            # gRPC is imported by those processes alone that speak it
+            from paramserver.transports.grpc_connection import GrpcConnection  # noqa: PLC0415
+
+            assert self.remote is not None
+            return GrpcConnection(
+                self.remote,
+                shard,
+                len(self.cuts[shard]),
+                hello._replace(text=self.layout.fingerprint),
+                dtype=self.layout.dtype,
+                slot_rows=self.slot_rows,
+                timeout_s=self.timeout_s,
+            )
         return SharedMemoryConnection(
             self.addresses[shard],
             shard,
@@ -118,8 +150,9 @@ class Worker:
         looks: bool = False,
     ) -> Finished:
         """Train until the run has ended; see `workers.loop.train`."""
-        batches = Batches(
-            len(self._examples),
+        batches = batches_of(
+            self._task,
+            self._examples,
             batch_size,
             seed=self._seed,
             worker=worker,

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.curriculum import Course, Lessons
+from workers.examples import Batch, Examples
 
 _PARTITION, _PASS = range(2)
 """First word of a random stream's key; it keeps the streams of one seed apart."""
@@ -95,6 +96,10 @@ class Batches:
             start += len(piece)
         drawn = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return drawn if self._lessons is None else self._lessons.drawn(drawn, version)
+
+    def read(self, examples: Examples, clock: int, version: int = 0) -> Batch:
+        """Return the batch of ``examples`` at ``clock``, for ``version``; see `indices`."""
+        return examples.batch(self.indices(clock, version))
 
     def _passes(self, block: int) -> Tensor:
         """Return the orders of all passes of a block, one after the other."""

@@ -13,6 +13,7 @@ from paramserver.averaging import Average
 from paramserver.clipping import Clip
 from paramserver.groups import Group
 from paramserver.schedules import Schedule
+from paramserver.trajectory import LEAST
 from workers.curriculum import Course, Pacing
 from workers.difficulty import Difficulty, Loss, places
 from workers.estimate import GradientMode
@@ -49,6 +50,10 @@ class RunConfig(Placement):
     early_stopping: EarlyStopping | None = None
     """Ends the run when it no longer gets better on the validation data, and keeps the best
     version; None goes on to the end of the budget and keeps the last."""
+
+    trajectory: int | None = None
+    """Evaluations whose parameters are kept in the record, for `paramserver surface`, 3 or more;
+    beyond so many, those too close together go. None keeps none."""
 
     validation: float | None = None
     """Share of the training samples held out for validation. None takes the task's own validation
@@ -126,7 +131,10 @@ class RunConfig(Placement):
         for name in ("group", "freeze"):
             if not isinstance(several := getattr(self, name), tuple):
                 raise ValueError(f"{name} must be a tuple, such as ({several!r},)")
-        for name, least in (("workers", 1), ("batch_size", 1), ("updates", 1), ("threads", 1)):
+        for name, least in (
+            *(("workers", 1), ("batch_size", 1), ("updates", 1), ("threads", 1)),
+            ("trajectory", LEAST),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
@@ -141,6 +149,10 @@ class RunConfig(Placement):
         if self.early_stopping is not None and self.evaluate_every_s == 0:
             raise ValueError(
                 "early stopping decides by evaluations: evaluate_every_s must be above 0 s"
+            )
+        if self.trajectory is not None and self.evaluate_every_s == 0:
+            raise ValueError(
+                "a trajectory is of what evaluations read: evaluate_every_s must be above 0 s"
             )
         for name in ("evaluate_every_s", "checkpoint_every_s"):
             if not getattr(self, name) >= 0:

@@ -37,7 +37,7 @@ class DataFile:
     """Name of the unpacked file."""
 
     packing: str
-    """What the packed file's name ends in: ``.gz`` or ``.bz2``."""
+    """What the packed file's name ends in: ``.gz`` or ``.bz2``; empty if it is never packed."""
 
     sha256: str
     """Of the unpacked content."""
@@ -99,7 +99,7 @@ class DataSet:
     def _candidates(self, file: DataFile, data_dir: str | None) -> Iterator[Path]:
         for folder in self._folders(data_dir):
             for subfolder in (self.name, *self.other_folders, "."):
-                for name in (file.name + file.packing, file.name):
+                for name in dict.fromkeys((file.name + file.packing, file.name)):
                     yield folder / subfolder / name
 
     def _folders(self, data_dir: str | None) -> list[Path]:
@@ -109,8 +109,9 @@ class DataSet:
 
     def _missing(self, file: DataFile, data_dir: str | None) -> DataError:
         tried = ", ".join(map(str, self._folders(data_dir)))
+        unpacked = f" (or unpacked {file.name})" if file.packing else ""
         return DataError(
-            f"{self.name}: there is no {file.name}{file.packing} (or unpacked {file.name}) in "
+            f"{self.name}: there is no {file.name}{file.packing}{unpacked} in "
             f"{tried}, directly or in {' or '.join((self.name, *self.other_folders))}. Fetch it "
             f"with `paramserver train --task {self.task}:download=true`, or name its folder with "
             f"`{self.task}:data_dir=FOLDER` or the environment variable PARAMSERVER_DATA"

@@ -104,6 +104,20 @@ ADULT = DataSet(
     ),
 )
 
+_SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+TINYSHAKESPEARE = DataSet(
+    name="tinyshakespeare",
+    task="tinyshakespeare",
+    mirrors=(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/"
+        "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/",
+    ),
+    files=(
+        DataFile(name="input.txt", packing="", sha256=_SHAKESPEARE, packed_sha256=_SHAKESPEARE),
+    ),
+)
+
 
 def read_images(
     data: DataSet, *, data_dir: str | None = None, download: bool = False
@@ -131,6 +145,20 @@ def read_adult(
     """
     train, test = ADULT.read(data_dir=data_dir, download=download)
     return *parse_libsvm(train, ADULT_FEATURES), *parse_libsvm(test, ADULT_FEATURES)
+
+
+def read_text(*, data_dir: str | None = None, download: bool = False) -> tuple[Tensor, int]:
+    """Return tinyshakespeare as numbers of characters, uint8, and how many there are, 65.
+
+    A character's number is its place among those of the text, in the order of their codes.
+
+    Raises:
+        DataError: As `DataSet.read`.
+    """
+    (content,) = TINYSHAKESPEARE.read(data_dir=data_dir, download=download)
+    codes = np.frombuffer(content, dtype=np.uint8)
+    characters, numbers = np.unique(codes, return_inverse=True)
+    return torch.from_numpy(numbers.astype(np.uint8)), len(characters)
 
 
 def parse_idx(content: bytes) -> Tensor:

@@ -13,9 +13,14 @@ from paramserver.clipping import Clip
 from workers.examples import Batch
 from workers.forward import ForwardGradient
 from workers.gradients import BoundModel
+from workers.recurrent import Carried
 from workers.task import Task, user_code
+from workers.windows import Window
 
 GradientMode: TypeAlias = Literal["reverse", "forward", "random"]
+
+Given: TypeAlias = Batch | Window
+"""What a gradient is computed over: of a recurrent task, a window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +80,23 @@ class Estimator:
         )
         self._forward.write_gradients_to(slots)
 
-    def __call__(self, batch: Batch, worker: int, clock: int) -> Estimated:
+    def __call__(
+        self, batch: Given, worker: int, clock: int, carried: Carried | None = None
+    ) -> Estimated:
         """Compute the gradient over ``batch`` into the slots.
 
-        Torch was seeded for the step with `workers.batches.seed_step`.
+        Torch was seeded for the step with `workers.batches.seed_step`. A recurrent task goes on
+        from the state in ``carried``, and leaves the next one there; none if the loss or the
+        gradient is not finite.
         """
-        loss, norm = self._compute(batch, worker, clock)
+        if isinstance(batch, Window):
+            assert carried is not None, "a recurrent task's workers carry a state"
+            loss, norm = self._unroll(batch, clock, carried)
+        else:
+            loss, norm = self._compute(batch, worker, clock)
         if not (math.isfinite(norm) and math.isfinite(loss)):
+            if carried is not None:
+                carried.reset()
             return Estimated(loss, math.nan, self._bound.nonfinite_layer() or "loss")
         if self._clip is not None:
             for slot in self._slots:
@@ -97,4 +112,16 @@ class Estimator:
             self._look()
         with user_code(f"the gradient of task {self._task.name!r}"):
             norm = self._bound.backward(loss)
+        return loss.item(), norm
+
+    def _unroll(self, window: Window, clock: int, carried: Carried) -> tuple[float, float]:
+        recurrent = self._task.recurrent
+        assert recurrent is not None, "only recurrent tasks read windows"
+        with user_code(f"the recurrent loss of task {self._task.name!r}"):
+            loss, state = recurrent.unroll(self._bound.model, window, carried.at(clock))
+        if self._look is not None:
+            self._look()
+        with user_code(f"the gradient of task {self._task.name!r}"):
+            norm = self._bound.backward(loss)
+        carried.keep(clock + 1, state)
         return loss.item(), norm

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +39,18 @@ class Keep:
     """By which they are judged; see `workers.task.is_minimised`."""
     best: float | None
     """What they must be better than; None keeps any."""
+    always: bool = False
+    """Whether they are kept however they are judged."""
 
     def better(self, value: float) -> bool:
         """Whether ``value`` is better than the best; NaN is not."""
         if self.best is None:
             return not math.isnan(value)
         return value < self.best if is_minimised(self.metric) else value > self.best
+
+    def wants(self, metrics: Mapping[str, float]) -> bool:
+        """Whether to keep parameters of these ``metrics``."""
+        return self.always or self.better(metrics.get(self.metric, math.nan))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +119,7 @@ class Examiner:
         )
 
     def examine(self, version: int, params: Sequence[Tensor], keep: Keep | None = None) -> Examined:
-        """Return the metrics of ``params``, a vector a cut, and a copy of them if they are better.
+        """Return the metrics of ``params``, a vector a cut, and a copy of them if ``keep`` says so.
 
         Raises:
             TaskError: The task's loss or metrics failed.
@@ -125,7 +131,7 @@ class Examiner:
             for part, examples in self._parts.items()
             for name, value in evaluate(self._task, self._model, examples).items()
         }
-        is_kept = keep is not None and keep.better(metrics.get(keep.metric, math.nan))
+        is_kept = keep is not None and keep.wants(metrics)
         return Examined(
             version,
             metrics,

@@ -2,8 +2,10 @@
 
     training samples      0 1 2 3 4 5 6 7 8 9
     drawn by the seed     held out: 2 7      trained on: 0 1 3 4 5 6 8 9
+    of a series           held out: 8 9      trained on: 0 1 2 3 4 5 6 7
 
-Every process draws the same ones, from the seed alone.
+Every process draws the same ones, from the seed alone. The windows of a series follow each other,
+so its last ones are held out.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from paramserver.errors import TaskError
 from workers.examples import Batch, Data, Examples
 from workers.task import Task
+from workers.windows import Series
 
 _HELD_OUT = 3
 """First word of the stream's key; `workers.batches` and `workers.samples` have others."""
@@ -76,6 +79,10 @@ class _HoldOut:
                 "out for validation"
             )
         number = min(max(1, round(self.share * num_train)), num_train - 1)
+        if isinstance(data.train, Series):
+            cut = (num_train - number) * data.train.window
+            last = data.train.part(range(cut, data.train.num_steps))
+            return Data(data.train.part(range(cut)), data.test, validation=last)
         stream = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(_HELD_OUT,)))
         drawn = torch.from_numpy(np.random.Generator(stream).permutation(num_train))
         away, kept = drawn[:number].sort().values, drawn[number:].sort().values

@@ -24,12 +24,13 @@ from paramserver.client import Client, Ended, Reading
 from paramserver.clipping import Clip
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step
-from workers.estimate import Estimator, GradientMode
-from workers.examples import Batch, Examples
+from workers.estimate import Estimator, Given, GradientMode
+from workers.examples import Examples
 from workers.gradients import BoundModel
 from workers.local import Local, steps_of
-from workers.own import Work
+from workers.own import Kept, Work
 from workers.task import Task
+from workers.windows import Windows
 
 
 class Cancelled(Exception):  # noqa: N818  # nothing went wrong
@@ -56,7 +57,7 @@ def train(
     cuts: tuple[range, ...],
     client: Client,
     examples: Examples,
-    batches: Batches,
+    batches: Batches | Windows,
     *,
     seed: int,
     gradient: GradientMode = "reverse",
@@ -98,22 +99,22 @@ def train(
         gradient, task, bound, cuts, client.slots, seed=seed, clip=clip, look=between
     )
     work = Work(compute, bound, client.slots, look=between)
-    own = None if local is None else local.build()
+    kept = Kept.at_first(task, None if local is None else local.build)
     model.train()
 
-    def prepare(step: int, version: int) -> Batch:
-        """Seed torch for a step from ``version``, and return its batch."""
+    def prepare(step: int, version: int) -> Given:
+        """Seed torch for a step from ``version``, and return what is read at it."""
         seed_step(seed, client.worker, step)
-        return examples.batch(batches.indices(step, version))
+        return batches.read(examples, step, version)
 
     reading = client.first_read()
     steps = steps_of(local, client.worker, client.clock)
-    batch: Batch | None = None
+    batch: Given | None = None
     while not isinstance(reading, Ended):
         read_at = functools.partial(prepare, version=reading.version)
         batch = batch or read_at(steps.start)
         try:
-            done = work(own, reading.params, client.worker, steps, batch, read_at)
+            done = work(kept, reading.params, client.worker, steps, batch, read_at)
             if looks:
                 look()
         except Cancelled as cancelled:

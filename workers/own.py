@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from paramserver.optimizers import Optimizer
 from paramserver.optimizers.base import PushRule
-from workers.estimate import Estimated, Estimator
-from workers.examples import Batch
+from workers.estimate import Estimated, Estimator, Given
 from workers.gradients import BoundModel
+from workers.recurrent import Carried
+from workers.task import Task
 
 
 class Own(Protocol):
@@ -188,6 +190,26 @@ class Tethered:
             torch._foreach_add_(list(self._shown), self._velocity, alpha=self._momentum)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a worker keeps from push to push; it is lost with the worker."""
+
+    own: Own | None = None
+    """Its own parameters; None if it computes a gradient at what it has read."""
+    carried: Carried | None = None
+    """The state of a recurrent task; None of any other."""
+    resets: bool = False
+    """Whether that state is initial again at each read."""
+
+    @classmethod
+    def at_first(cls, task: Task, make_own: Callable[[], Own] | None) -> Kept:
+        """Return what a worker of ``task`` has at the beginning of its life."""
+        own = None if make_own is None else make_own()
+        if task.recurrent is None:
+            return cls(own)
+        return cls(own, Carried(), task.recurrent.reset == "pull")
+
+
 class Work:
     """What a worker does between a read and a push: a gradient, or several steps of its own."""
 
@@ -208,26 +230,29 @@ class Work:
 
     def __call__(
         self,
-        own: Own | None,
+        kept: Kept,
         read: Sequence[Tensor],
         worker: int,
         steps: range,
-        batch: Batch,
-        batch_of: Callable[[int], Batch],
+        batch: Given,
+        batch_of: Callable[[int], Given],
     ) -> Estimated:
         """Leave what is to be pushed in the slots.
 
         Args:
-            own: The worker's parameters; None for a gradient at what it has read.
+            kept: What the worker has kept, and keeps.
             read: What it has read, a vector a shard.
             worker: Its number.
             steps: Their numbers, which stand for the clock in all that is random in them.
             batch: The first step's, for which torch was seeded.
             batch_of: Seeds torch for another step and returns its batch.
         """
+        own, carried = kept.own, kept.carried
+        if carried is not None and kept.resets and (own is None or not own.keeps):
+            carried.reset()
         if own is None:
             self._bound.read(read)
-            return self._compute(batch, worker, steps.start)
+            return self._compute(batch, worker, steps.start, carried)
         if not self._x:
             self._x = [torch.empty_like(slot) for slot in self._slots]
         own.begin(read, self._x)
@@ -238,7 +263,7 @@ class Work:
                     self._look()
                 batch = batch_of(step)
             self._bound.read(self._x)
-            done = self._compute(batch, worker, step)
+            done = self._compute(batch, worker, step, carried)
             if done.layer:
                 return Estimated(done.loss, math.nan, done.layer, steps=taken)
             own.step(self._slots)

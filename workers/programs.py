@@ -1,4 +1,4 @@
-"""What a round program cannot be combined with, in either mode."""
+"""What round programs and recurrent tasks cannot be combined with, in either mode."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from workers.config import RunConfig
+from workers.task import Task
 
 
 def check_config(name: str, config: RunConfig) -> None:
@@ -21,6 +22,32 @@ def check_config(name: str, config: RunConfig) -> None:
         )
     if config.gradient != "reverse":
         raise ValueError(f"{name} needs exact gradients: use gradient=reverse")
+
+
+def check_recurrent(task: Task, config: RunConfig, program: str | None) -> None:
+    """Raise ValueError for what ``task`` cannot be trained with, if it is recurrent.
+
+    ``program`` is the optimizer's name if that is a round program, which is answered on samples of
+    the training data by name: windows without a window before.
+    """
+    recurrent = task.recurrent
+    if recurrent is None:
+        return
+    if config.curriculum is not None:
+        raise ValueError(
+            f"task {task.name} reads windows that follow each other, and a curriculum would draw "
+            "them by difficulty: leave it out"
+        )
+    if config.gradient != "reverse":
+        raise ValueError(
+            f"task {task.name} goes back through time, which gradient={config.gradient} does not: "
+            "use gradient=reverse"
+        )
+    if program is not None and not (recurrent.reset == "pull" and recurrent.back == recurrent.k1):
+        raise ValueError(
+            f"{program} is a round program, answered on windows of task {task.name} in any order, "
+            "to which no state can be carried: use reset=pull and no k2, or a push rule"
+        )
 
 
 def check_samples(name: str, spec: Any, num_train: int) -> None:

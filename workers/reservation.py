@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -31,6 +31,8 @@ _QUIET_S = 2.0
 _LOOK_S = 0.5
 """Seconds in which Ray's own wait cannot be interrupted."""
 
+Share = Literal["all", "servers", "nothing"]
+
 _LEAST = {"memory": 1.0}
 """What a process holds that asks for nothing: a bundle may not be empty, every node has a byte."""
 
@@ -39,7 +41,7 @@ class Places:
     """Where each process of one run goes; at home anywhere."""
 
     def __init__(
-        self, config: Placement, *, workers: int, servers: int = 0, one_node: bool = False
+        self, config: Placement, *, workers: int, servers: int = 0, share: Share = "nothing"
     ) -> None:
         """Describe the places; `take` asks the cluster for them.
 
@@ -47,9 +49,9 @@ class Places:
             config: What each process asks.
             workers: Workers.
             servers: Shards.
-            one_node: Whether all must share a node's memory.
+            share: Who must share a node's memory.
         """
-        self._config, self._one_node = config, one_node
+        self._config, self._share = config, share
         self._servers = Wanted("shard", servers, config.server_needs)
         self._workers = Wanted("worker", workers, config.worker_needs)
         self._groups: list[PlacementGroup] = []
@@ -62,13 +64,14 @@ class Places:
         """
         if self._config.address is None:
             return
-        if self._one_node:
+        if self._share == "all":
             self._groups = [_group([self._servers, self._workers], "STRICT_PACK")]
         else:
-            strategy = self._config.placement.upper()
+            servers = "STRICT_PACK" if self._share == "servers" else "SPREAD"
+            workers = self._config.placement.upper()
             self._groups = [
                 _group([wanted], way)
-                for wanted, way in ((self._servers, "SPREAD"), (self._workers, strategy))
+                for wanted, way in ((self._servers, servers), (self._workers, workers))
                 if wanted.count
             ]
         self.wait()
@@ -98,7 +101,7 @@ class Places:
         if self._config.address is None:
             return {"num_cpus": 0}
         resources = dict(self._workers.needs.resources)
-        bundle = index + (self._servers.count if self._one_node else 0)
+        bundle = index + (self._servers.count if self._share == "all" else 0)
         return _options(resources, self._groups[-1], bundle)
 
     def server(self, index: int) -> dict[str, Any]:
@@ -135,7 +138,7 @@ class Places:
             if node["Alive"]
         ]
         wanted = [w for w in (self._servers, self._workers) if w.count]
-        return shortage(wanted, nodes, one_node=self._one_node)
+        return shortage(wanted, nodes, one_node=self._share == "all")
 
 
 def _group(wanted: Sequence[Wanted], strategy: str) -> PlacementGroup:

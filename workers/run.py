@@ -18,6 +18,7 @@ from paramserver.ledger import Ledger
 from paramserver.record import Result, RunFolder, versions
 from paramserver.registry import Registry
 from paramserver.schedules import SCHEDULES
+from paramserver.trajectory import Trajectory
 from workers.config import RunConfig, Target
 from workers.curriculum import PACINGS
 from workers.diagnostics import Diagnosis
@@ -25,7 +26,7 @@ from workers.difficulty import DIFFICULTIES
 from workers.examiner import Examined, Keep
 from workers.packing import unpack
 from workers.stopping import STOPPINGS, Stopper
-from workers.task import Task
+from workers.task import Task, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,9 @@ class Run:
         self._best: dict[str, Any] = dict(extra.get("best", {}))
         if folder.best.exists():  # a run that was killed may have got there after its checkpoint
             self._best = dict(load_checkpoint(folder.best, layout).extra["best"])
+        self._trajectory: Trajectory | None = None
+        if config.trajectory is not None:
+            self._trajectory = Trajectory(folder.trajectory, layout, config.trajectory)
         self._final: dict[str, float] = {}
         self._failures: list[dict[str, Any]] = []
         self._warnings: dict[str, str] = {}  # what diagnostics found wrong, by what it is about
@@ -115,6 +119,8 @@ class Run:
         folder = RunFolder.create(config.out, f"{task.name}-{described['mode']}")
         run = cls(task, config, layout, described, folder, None, clock)
         folder.write_config(run.configuration())
+        if run._trajectory is not None:
+            run._trajectory.add(0, layout.flatten(build_model(task, config.seed)))
         return run
 
     def configuration(self) -> dict[str, Any]:
@@ -147,7 +153,9 @@ class Run:
     @property
     def keep(self) -> Keep | None:
         """When the next evaluation is to bring the parameters with it; None if never."""
-        return None if self._stopper is None else self._judged(self._stopper.metric)
+        if self._stopper is None and self._trajectory is None:
+            return None
+        return self._judge
 
     def evaluated(self, examined: Examined, status: Mapping[str, Any]) -> str | None:
         """Record what came of an evaluation; return why to stop, if it says so."""
@@ -158,11 +166,15 @@ class Run:
             self._diagnosed(examined.diagnosis, status)
         # first, as it says what the metrics lack
         enough = None if self._stopper is None else self._stopper.evaluated(metrics)
-        judged = self.keep or self._judged(self._task.headline)
-        if judged.better(metrics[judged.metric]):
+        params = examined.params
+        kept = None if params is None else unpack(params, self._layout.dtype)
+        judge = self._judge
+        if judge.better(metrics[judge.metric]):
             self._best = {**metrics, "version": version, "seconds": self.seconds}
-            if examined.params is not None:
-                self._save_best(version, unpack(examined.params, self._layout.dtype))
+            if self._stopper is not None and kept is not None:
+                self._save_best(version, kept)
+        if self._trajectory is not None and kept is not None:
+            self._trajectory.add(version, kept)
         if self._target is None:
             return enough
         if self._target.metric not in metrics:
@@ -269,9 +281,11 @@ class Run:
                 self._warnings[about] = f"version {diagnosis.version:,}: {what}"
                 logger.warning("%s", self._warnings[about])
 
-    def _judged(self, metric: str) -> Keep:
-        """Return when a version is better by ``metric`` than the best so far."""
-        return Keep(metric, self._best.get(metric))
+    @property
+    def _judge(self) -> Keep:
+        """What a version must be to be the best so far, or to be kept."""
+        metric = self._task.headline if self._stopper is None else self._stopper.metric
+        return Keep(metric, self._best.get(metric), always=self._trajectory is not None)
 
     def _save_best(self, version: int, params: Tensor) -> None:
         optimizer = dict(self._described["optimizer"])

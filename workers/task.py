@@ -32,15 +32,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paramserver.errors import ParamServerError, TaskError
 from paramserver.groups import Group, freeze
 from workers.batches import Batches
+from workers.curriculum import Course
 from workers.examples import Batch, Data, Examples, TensorExamples, as_examples
+from workers.recurrent import Recurrent
+from workers.windows import Series, TensorSeries, Windows
 
 __all__ = [
     "Batch",
     "Data",
     "Examples",
+    "Recurrent",
+    "Series",
     "Task",
     "TensorExamples",
+    "TensorSeries",
     "as_examples",
+    "batches_of",
     "build_data",
     "build_model",
     "evaluate",
@@ -75,7 +82,12 @@ class Task:
     """The metric that decides which parameters are best; see `is_minimised`."""
 
     batch_size: int = 32
-    """Samples in one worker's batch, unless the run says otherwise."""
+    """Samples in one worker's batch, unless the run says otherwise; of a recurrent task, windows
+    of as many streams."""
+
+    recurrent: Recurrent | None = None
+    """How the model is unrolled over training data that is a `Series`; None reads samples that have
+    nothing to do with each other. Workers train by its loss, and the metrics are by ``loss``."""
 
     sample_targets: Callable[[Tensor, torch.Generator], Tensor] | None = None
     """Draws targets from the distribution that the model's outputs stand for.
@@ -169,6 +181,55 @@ def build_data(task: Task) -> Data:
         if examples is not None and len(examples) == 0:
             raise TaskError(f"the {part} data of task {task.name!r} is empty")
     return data
+
+
+def batches_of(
+    task: Task,
+    examples: Examples,
+    batch_size: int,
+    *,
+    seed: int,
+    worker: int,
+    num_workers: int,
+    course: Course | None = None,
+) -> Batches | Windows:
+    """Return which of the task's training ``examples`` a worker reads at each of its clocks.
+
+    ``course`` paces samples that have nothing to do with each other; a recurrent task has none.
+
+    Raises:
+        TaskError: The task is recurrent, and its training data is no series of such windows.
+        ValueError: There are too few examples for so many workers.
+    """
+    recurrent = task.recurrent
+    if recurrent is None:
+        return Batches(
+            len(examples),
+            batch_size,
+            seed=seed,
+            worker=worker,
+            num_workers=num_workers,
+            course=course,
+        )
+    assert course is None, "check_recurrent refuses a curriculum"
+    if not isinstance(examples, Series):
+        raise TaskError(
+            f"task {task.name!r} is recurrent, so its training data must be a Series, such as "
+            f"TensorSeries, got {type(examples).__name__}"
+        )
+    if examples.window != recurrent.k1:
+        raise TaskError(
+            f"task {task.name!r} trains by windows of k1={recurrent.k1} steps, and counts examples "
+            f"of {examples.window}: give its TensorSeries window={recurrent.k1}"
+        )
+    return Windows(
+        examples.num_steps,
+        batch_size,
+        k1=recurrent.k1,
+        k2=recurrent.back,
+        worker=worker,
+        num_workers=num_workers,
+    )
 
 
 def evaluate(

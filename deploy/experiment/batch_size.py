@@ -69,8 +69,11 @@ def find(bench: Bench) -> Findings:
         _piece(way, size, seed, num_train, quick=bench.quick)
         for way, size, seed in itertools.product(_WAYS, sizes, seeds)
     ]
-    outcomes = make_all(pieces, bench.out, jobs=bench.jobs, console=bench.console)
-    made = [o for o in outcomes if o.result is not None]
+    noises = [_noise_piece(sizes, seed, quick=bench.quick) for seed in seeds]
+    outcomes = make_all([*pieces, *noises], bench.out, jobs=bench.jobs, console=bench.console)
+    done = [o for o in outcomes if o.result is not None]
+    made = [o for o in done if "way" in o.piece.settings]
+    noise = _noise_rows([o.done for o in done if "way" not in o.piece.settings])
     rows: list[Row] = [
         {**{k: o.piece.settings[k] for k in ("way", "batch", "seed", "lr")}, **o.done} for o in made
     ]
@@ -89,22 +92,23 @@ def find(bench: Bench) -> Findings:
             "seeds": ", ".join(map(str, seeds)),
         },
         claims=[
-            *_variance_claims(rows),
+            *_variance_claims(noise),
             *_speed_claims(speeds),
             *_minimum_claims(summary, sizes),
         ],
         tables=[
             Table("Medians over seeds", [_brief(row) for row in summary]),
+            Table("Variance of a gradient at the start, mean over seeds", noise, "noise"),
             Table("A gradient alone, on this machine", speeds, "speeds"),
         ],
-        charts=[_chart(summary)],
+        charts=[_chart(summary, noise)],
         failed=[f"{o.piece.name}: {o.error}" for o in outcomes if o.error],
         files={"cells": rows, "summary": summary},
     )
 
 
 def _epochs(*, quick: bool) -> float:
-    return 2 if quick else _EPOCHS
+    return 0.5 if quick else _EPOCHS
 
 
 def _piece(way: str, batch: int, seed: int, num_train: int, *, quick: bool) -> Piece:
@@ -117,7 +121,6 @@ def _piece(way: str, batch: int, seed: int, num_train: int, *, quick: bool) -> P
         "seed": seed,
         "updates": updates,
         "lr": _RATE * batch / _BASE if way == _SCALED else _RATE,
-        "draws": 40 if quick else _DRAWS,
         "epsilon": _EPSILON,
     }
     folder = f"{way.replace(', ', '-').replace(' ', '-')}/{batch}-seed-{seed}"
@@ -149,8 +152,6 @@ def make_run(settings: Settings, folder: Path) -> Settings:
         _, loss, rows = oracle.answer("gradient", point, Drawn(Sample("all"), 0, 0, 1), None)
         return loss, rows[0]
 
-    start = layout.flatten(build_model(what, seed))
-    measured, expected = _variances(oracle, start, batch, len(data.train), settings["draws"])
     is_finite = math.isfinite(train["loss"])
     return {
         "updates": result.record["updates"],
@@ -163,25 +164,49 @@ def make_run(settings: Settings, folder: Path) -> Settings:
         "sharpness": sharpness(everything, x, seed=seed, epsilon=settings["epsilon"])
         if is_finite
         else None,
-        "variance": measured,
-        "variance_expected": expected,
     }
 
 
+def _noise_piece(sizes: Sequence[int], seed: int, *, quick: bool) -> Piece:
+    settings = {
+        "task": _TASK,
+        "sizes": list(sizes),
+        "seed": seed,
+        "draws": 40 if quick else _DRAWS,
+    }
+    return Piece(f"noise, seed {seed}", f"noise/seed-{seed}", settings, make_noise)
+
+
+def make_noise(settings: Settings, folder: Path) -> Settings:
+    """Measure the variance of a batch's gradient where training starts, for every size."""
+    what, seed = task(settings["task"]), settings["seed"]
+    model, data = build_model(what, seed), build_data(what)
+    layout = Layout.of(model)
+    oracle = Oracle(what, model, layout, data.train, seed)
+    found = _variances(
+        oracle, layout.flatten(model), settings["sizes"], len(data.train), settings["draws"]
+    )
+    return {"sizes": settings["sizes"], "variances": [list(pair) for pair in found]}
+
+
 def _variances(
-    oracle: Oracle, x: Tensor, batch: int, num_train: int, draws: int
-) -> tuple[float, float]:
+    oracle: Oracle, x: Tensor, sizes: Sequence[int], num_train: int, draws: int
+) -> list[tuple[float, float]]:
     """Return the variance of a batch's gradient at ``x``, summed over elements: drawn, and exact.
 
-    The exact one is (S / B) (1 - B / N), S the variance of a sample's gradient.
+    Both are told of each of ``sizes``. The exact one is (S / B) (1 - B / N), S the variance of a
+    sample's gradient.
     """
     whole = Drawn(Sample("all"), 0, 0, 1)
     mean = oracle.answer("gradient", x, whole, None)[2][0].double()
     one_each = (Drawn(Sample("all"), 0, i, num_train) for i in range(num_train))
     scatter = sum(_distance(oracle, x, one, mean) for one in one_each) / (num_train - 1)
-    some = (Drawn(Sample("drawn", batch), i, 0, 1) for i in range(draws))
-    drawn = sum(_distance(oracle, x, one, mean) for one in some) / draws
-    return drawn, scatter / batch * (1 - batch / num_train)
+    found = []
+    for batch in sizes:
+        some = (Drawn(Sample("drawn", batch), i, 0, 1) for i in range(draws))
+        drawn = sum(_distance(oracle, x, one, mean) for one in some) / draws
+        found.append((drawn, scatter / batch * (1 - batch / num_train)))
+    return found
 
 
 def _distance(oracle: Oracle, x: Tensor, piece: Drawn, mean: Tensor) -> float:
@@ -228,23 +253,35 @@ def _timed(do: Callable[[], None], *, times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def _variance_claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    for batch in sorted({row["batch"] for row in rows}):
-        of_batch = [row for row in rows if row["batch"] == batch and row["way"] == _PASSES]
-        expected = statistics.mean(row["variance_expected"] for row in of_batch)
-        measured = statistics.mean(row["variance"] for row in of_batch)
-        if expected == 0:  # the batch is all there is
+def _noise_rows(found: Sequence[Settings]) -> list[Row]:
+    """Return the means over seeds, a row a size."""
+    if not found:
+        return []
+    means = [
+        [statistics.mean(pair[which] for pair in pairs) for which in (0, 1)]
+        for pairs in zip(*(one["variances"] for one in found), strict=True)
+    ]
+    return [
+        {"batch": batch, "drawn": drawn, "S/B (1 - B/N)": exact}
+        for batch, (drawn, exact) in zip(found[0]["sizes"], means, strict=True)
+    ]
+
+
+def _variance_claims(noise: Sequence[Row]) -> Iterator[Claim]:
+    for row in noise:
+        batch, drawn, exact = row.values()
+        if exact == 0:  # the batch is all there is
             yield Claim(
                 f"batch {batch} is all samples: its gradient has no variance",
-                measured < _NOTHING,
-                f"{measured:.2g}",
+                drawn < _NOTHING,
+                f"{drawn:.2g}",
             )
             continue
-        off = measured / expected - 1
+        off = drawn / exact - 1
         yield Claim(
             f"batch {batch}: the variance of an update is S/B (1 - B/N), to 15 %",
             abs(off) <= 0.15,
-            f"{measured:.3g} against {expected:.3g}, {100 * off:+.1f} %",
+            f"{drawn:.3g} against {exact:.3g}, {100 * off:+.1f} %",
         )
 
 
@@ -290,7 +327,7 @@ def _minimum_claims(summary: Sequence[Row], sizes: Sequence[int]) -> Iterator[Cl
         )
 
 
-_SHOWN = ("updates", "train_loss", "test_loss", "gap", "test_accuracy", "sharpness", "variance")
+_SHOWN = ("updates", "train_loss", "test_loss", "gap", "test_accuracy", "sharpness")
 
 
 def _brief(row: Mapping[str, object]) -> Row:
@@ -301,28 +338,40 @@ def _brief(row: Mapping[str, object]) -> Row:
     }
 
 
-def _chart(summary: Sequence[Row]) -> Chart:
+def _chart(summary: Sequence[Row], noise: Sequence[Row]) -> Chart:
     figures = {
         "sharpness": "sharpness (%)",
         "gap": "test loss - training loss",
         "test_accuracy": "test accuracy",
-        "variance": "variance of an update's gradient",
     }
     panels = []
     for figure, title in figures.items():
         lines = []
-        least = _NOTHING if figure == "variance" else -math.inf
         for colour, way in enumerate(_WAYS):
             rows = [
                 row for row in summary
                 if row["way"] == way and row.get(f"{figure}_median") is not None
-                and row[f"{figure}_median"] > least
             ]  # fmt: skip
             middle, low, high = (
                 [row[f"{figure}_{which}"] for row in rows] for which in ("median", "min", "max")
             )
             lines.append(Line(way, colour, [row["batch"] for row in rows], middle, low, high))
-        is_log = figure in ("sharpness", "variance")
+        is_log = figure == "sharpness"
         panels.append(Panel(title, "batch", lines, log_x=True, log_y=is_log))
-    caption = "Lines are medians over seeds, bands from the least to the largest."
+    noisy = [row for row in noise if row["drawn"] > _NOTHING]
+    sizes = [row["batch"] for row in noisy]
+    lines = [
+        Line("drawn", len(_WAYS), sizes, [row["drawn"] for row in noisy], is_points=True),
+        Line(
+            "S/B (1 - B/N)", len(_WAYS), sizes, [row["S/B (1 - B/N)"] for row in noisy],
+            is_theory=True,
+        ),
+    ]  # fmt: skip
+    panels.append(
+        Panel("variance of a gradient at the start", "batch", lines, log_x=True, log_y=True)
+    )
+    caption = (
+        "Lines are medians over seeds, bands from the least to the largest; the thin line is the "
+        "formula S/B (1 - B/N)."
+    )
     return Chart("batch-size", "What the batch size changes", caption, [panels[:2], panels[2:]])

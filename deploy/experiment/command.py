@@ -89,7 +89,7 @@ _EXAMPLE = """A file:
 
 def _help() -> str:
     lines = {"optimizers": "every optimizer, in both modes, on one task"}
-    lines |= {name: what for name, (_, what) in NAMED.items()}
+    lines |= {name: named.what for name, named in NAMED.items()}
     return "\n".join(
         [
             "usage: paramserver experiment NAME [flags]",

@@ -13,7 +13,7 @@ from deploy.experiment.charts import Chart, Line, Panel
 from deploy.experiment.findings import Findings, Table, file_name
 from deploy.experiment.grid import Cell, Grid
 from deploy.experiment.pool import Outcome, make_all
-from deploy.experiment.results import Row, over_seeds, paths, spread
+from deploy.experiment.results import Paths, Row, over_seeds, paths, spread
 from deploy.plots import AXES
 
 _MAX_LINES = 8
@@ -67,6 +67,14 @@ class Compared:
         """Return what people read of the summary."""
         return Table(title, _brief(self.summary, self.grid.varied))
 
+    def paths(self) -> list[Paths]:
+        """Return the metrics of every run that was made, over time."""
+        return [
+            paths(self.out / cell.folder / "run")
+            for cell, outcome in zip(self.grid.cells, self.outcomes, strict=True)
+            if outcome.result is not None
+        ]
+
     def charts(self) -> list[Chart]:
         """Draw every test metric against gradients, updates and seconds."""
         made = [
@@ -99,20 +107,8 @@ class Compared:
             for group, cells in groups.items()
         }
         metrics = dict.fromkeys(m for runs in found.values() for run in runs for m in run)
-        rows = []
-        for metric in metrics:
-            panels = []
-            for axis, label in AXES.items():
-                is_virtual = axis == "seconds" and self.grid.mode == "simulate"
-                lines = []
-                for colour, (group, runs) in enumerate(found.items()):
-                    points = [(r[metric][axis], r[metric][metric]) for r in runs if metric in r]
-                    if (band := spread(points)) is not None:
-                        x, y, low, high = band
-                        lines.append(Line(group or "all", colour, x, y, low, high))
-                title = f"test {metric}" if axis == "gradients" else ""
-                panels.append(Panel(title, "virtual seconds" if is_virtual else label, lines))
-            rows.append(panels)
+        is_virtual = self.grid.mode == "simulate"
+        rows = [over_axes(found, m, f"test {m}", is_virtual=is_virtual) for m in metrics]
         name = file_name(f"metrics-{part}" if part else "metrics")
         return Chart(name, part or "Test metrics", f"{CONVENTION} {self._laws()}", rows)
 
@@ -135,6 +131,36 @@ class Compared:
                 if key not in ("mode", "seed", *self.grid.varied) and value is not None
             },
         }
+
+
+def over_axes(
+    found: Mapping[str, Sequence[Paths]],
+    metric: str,
+    title: str,
+    *,
+    is_virtual: bool,
+    log_y: bool = False,
+) -> list[Panel]:
+    """Return a panel an axis, with a line for each group of runs that differ by their seeds.
+
+    Args:
+        found: What `deploy.experiment.results.paths` returns of each run, by group.
+        metric: What is drawn.
+        title: Of the first panel.
+        is_virtual: Whether seconds are.
+        log_y: Whether the metric has a logarithmic axis.
+    """
+    panels = []
+    for axis, label in AXES.items():
+        lines = []
+        for colour, (group, runs) in enumerate(found.items()):
+            points = [(run[metric][axis], run[metric][metric]) for run in runs if metric in run]
+            if (band := spread(points)) is not None:
+                x, y, low, high = band
+                lines.append(Line(group or "all", colour, x, y, low, high))
+        name = "virtual seconds" if axis == "seconds" and is_virtual else label
+        panels.append(Panel(title if axis == "gradients" else "", name, lines, log_y=log_y))
+    return panels
 
 
 def compare(

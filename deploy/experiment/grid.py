@@ -37,7 +37,7 @@ from paramserver.errors import RunFailedError
 
 Mode = Literal["simulate", "async", "sync"]
 
-_OURS = ("config", "out", "resume", "like")
+_OURS = ("config", "out", "resume", "like", "seeds")
 """Flags of single runs that make no sense in a grid."""
 
 _MAX_NAME = 100
@@ -191,6 +191,13 @@ def make_run(settings: Settings, folder: Path) -> Settings:
     if result.stopped_because == "interrupted":
         raise KeyboardInterrupt
     return figures(folder / "run", built.until)
+
+
+def replicas(flags: SimulateFlags, seeds: Sequence[int]) -> Grid:
+    """Return the grid of one configuration, with several seeds."""
+    described = _flags("simulate").describe(flags)
+    run = {key: value for key, value in described.items() if value is not None and key != "seed"}
+    return Grid(axes={}, seeds=tuple(seeds), run=run, name="--seeds")
 
 
 def _flags(mode: Mode) -> Flags[Any]:

@@ -82,6 +82,7 @@ def simulation(
     updates: int | None = None,
     optimizer: Optimizer | None = None,
     size: int = 1,
+    service: DelayLaw | None = None,
 ) -> Simulation:
     """Describe a run of ``num_workers`` from w = 1 in ``size`` coordinates, float64.
 
@@ -94,6 +95,7 @@ def simulation(
         updates: After which the run ends; None: it ends when the caller wants.
         optimizer: Applied to every update; None steps by 0.01 times the gradient.
         size: Coordinates.
+        service: Virtual seconds of the server for a push; None is none.
     """
     start = torch.ones(size, dtype=torch.float64)
     buffers = Buffers(num_workers + 2, size, start.dtype)
@@ -101,12 +103,15 @@ def simulation(
         rule.build(num_workers), budget=Budget(updates=updates), expected=num_workers
     )
     compute = Delays(delay, num_workers, seed=seed, stream=Stream.COMPUTE)
+    serving = (
+        None if service is None else Delays(service, num_workers, seed=seed, stream=Stream.SERVICE)
+    )
     return Simulation(
         sequencer,
         Shard(start, optimizer or SGD(lr=0.01), buffers),
         buffers,
         gradients,
         1,
-        Times(compute=compute),
+        Times(compute=compute, service=serving),
         num_workers=num_workers,
     )

@@ -22,6 +22,9 @@ Row = dict[str, Any]
 
 Array = NDArray[np.float64]
 
+Paths = Mapping[str, Mapping[str, Array]]
+"""By metric: its values, and their places on every axis."""
+
 _MAX_POINTS = 120
 """Points of a line over seeds."""
 
@@ -114,7 +117,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         raise RecordError(f"cannot write {path}: {error}") from error
 
 
-def paths(folder: Path) -> dict[str, dict[str, Array]]:
+def paths(folder: Path) -> Paths:
     """Return each test metric of the run in ``folder`` over time, with its place on every axis."""
     record = read_record(folder)
     found: dict[str, dict[str, Array]] = {}

@@ -16,7 +16,15 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from async_sgd.delays import DelayLaw, Exponential, Gamma, Pareto, ShiftedExponential
+from async_sgd.delays import (
+    Constant,
+    DelayLaw,
+    Exponential,
+    Gamma,
+    Pareto,
+    ShiftedExponential,
+    Straggler,
+)
 
 Array = NDArray[np.float64]
 
@@ -120,15 +128,21 @@ def mean_delay(law: DelayLaw) -> float:
 
 
 def order_statistic(law: DelayLaw, k: int, n: int) -> float:
-    """Return the mean of the ``k``-th of ``n`` delays.
+    """Return the mean of the ``k``-th of ``n`` delays of equal workers.
 
-    In closed form for exponential, shifted exponential and Pareto; by an integral for gamma.
+    By an integral for gamma, else in closed form.
 
     Raises:
         ValueError: Another law.
     """
     memoryless = harmonic(n) - harmonic(n - k)
     match law:
+        case Constant():
+            return law.time
+        case Straggler():
+            p = law.probability  # the k-th straggles if more than n - k of them do
+            late = sum(math.comb(n, j) * p**j * (1 - p) ** (n - j) for j in range(n - k + 1, n + 1))
+            return law.time * (1 + (law.factor - 1) * late)
         case Exponential():
             return law.mean * memoryless
         case ShiftedExponential():
@@ -149,6 +163,20 @@ def order_statistic(law: DelayLaw, k: int, n: int) -> float:
             )
             return law.mean * _mean_of_kth(density, step, k, n)
     raise ValueError(f"there is no formula for the order statistics of {law}")
+
+
+def slowest_of(law: DelayLaw, num_workers: int) -> float:
+    """Return the mean of the longest delay of all workers, who differ only if all are constant."""
+    if isinstance(law, Constant) and law.factors is not None:
+        return law.time * max(law.factors)
+    return order_statistic(law, num_workers, num_workers)
+
+
+def gradients_a_second(law: DelayLaw, num_workers: int) -> float:
+    """Return how many gradients workers compute who wait for nobody, by renewal theory."""
+    if isinstance(law, Constant) and law.factors is not None:
+        return sum(1 / (law.time * factor) for factor in law.factors)
+    return num_workers / mean_delay(law)
 
 
 def _mean_of_kth(density: Array, step: float, k: int, n: int) -> float:

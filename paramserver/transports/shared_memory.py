@@ -297,6 +297,10 @@ class SharedMemoryConnection:
         with self._named("looking for a message", 0.0):
             return self._link.poll()
 
+    def fileno(self) -> int:
+        """Return the descriptor that can be read when `poll` has a message."""
+        return self._link.sock.fileno()
+
     def close(self) -> None:
         """End the connection; tensors that show the shard's memory stay readable."""
         self._link.close()

@@ -202,7 +202,9 @@ def test_workers_read_the_batches_of_their_stream_one_after_the_other(batched: b
             read.add((worker, number))
             return super()._indices(worker, number, version)
 
-    learning.samples = partial(Recorded, learning.data.train, 8, 2, seed=0)  # type: ignore[method-assign]
+    learning.samples = partial(  # type: ignore[method-assign]
+        Recorded, learning.task, learning.data.train, 8, 2, seed=0
+    )
     local = LOCALS.parse("sgd:steps=4,speeds=1/0.5")
 
     run = simulated(learning, local, batched=batched)

@@ -416,7 +416,7 @@ def batches_read(delay: str, batched: bool = False) -> dict[tuple[int, int], lis
             assert read.setdefault((worker, number), indices.tolist()) == indices.tolist()
             return indices
 
-    samples = Recorded(learning.data.train, 7, 4, seed=5)
+    samples = Recorded(learning.task, learning.data.train, 7, 4, seed=5)
     run = learning.simulation(
         learning.gradients(batched, samples=samples),
         updates=100,
@@ -638,7 +638,7 @@ def test_gradients_in_flight_are_computed_in_one_go() -> None:
             sizes.append(len(steps))
             return super().batch(steps)
 
-    samples = Counted(learning.data.train, learning.batch_size, 6, seed=0)
+    samples = Counted(learning.task, learning.data.train, learning.batch_size, 6, seed=0)
     run = learning.simulation(
         learning.gradients(batched=True, samples=samples),
         delay="constant",

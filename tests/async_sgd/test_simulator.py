@@ -98,6 +98,17 @@ def test_measures_are_in_the_record_and_leave_the_run_as_it_was(tmp_path: Path) 
     assert result.record["config"]["measure"] == ["step", "gap", "cosine"]
 
 
+def test_parameters_that_have_diverged_end_a_run_that_drops_what_is_not_finite(
+    tmp_path: Path,
+) -> None:
+    result = simulated(
+        tmp_path / "run", optimizer=SGD(lr=1e30), on_nan="drop", updates=None, epochs=100
+    )
+
+    assert result.stopped_because.startswith("the parameters have diverged: none of the last 100")
+    assert result.record["dropped"]["nonfinite"] >= 100
+
+
 def test_the_same_run_made_again_has_the_same_bits(tmp_path: Path) -> None:
     for name in ("one", "two"):
         simulated(tmp_path / name, rule=RULES.parse("ssp:bound=1"))

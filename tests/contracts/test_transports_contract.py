@@ -31,11 +31,16 @@ from tests.support.clusters import (
     FINGERPRINT,
     TOKEN,
     Cluster,
+    GrpcCluster,
     MemoryCluster,
     SharedMemoryCluster,
 )
 
-TRANSPORTS = {"memory": MemoryCluster, "shared_memory": SharedMemoryCluster}
+TRANSPORTS = {
+    "memory": MemoryCluster,
+    "shared_memory": SharedMemoryCluster,
+    "grpc": GrpcCluster,
+}
 RULES = (
     *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw", "rmsprop"),
     *("local-momentum", "dana-slim", "delayed-nesterov:every=2"),
@@ -311,9 +316,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_name(start: Start) -> No
 def test_a_fast_worker_waits_until_the_slow_one_has_pushed(start: Start) -> None:
     with start(vector(0), rule=SSP(bound=0).build(2)) as cluster:
         slow = cluster.join(0)
-        fast = cluster.join(1, while_waiting=lambda: released.append(push(slow, vector(2))))
-        slow.first_read(), fast.first_read()
         released: list[Reading] = []
+
+        def push_after() -> None:
+            cluster.settle()  # over a network the later push could arrive first
+            released.append(push(slow, vector(2)))
+
+        fast = cluster.join(1, while_waiting=push_after)
+        slow.first_read(), fast.first_read()
 
         reading = push(fast, vector(1))
 

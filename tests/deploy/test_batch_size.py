@@ -39,7 +39,7 @@ def test_the_variance_of_a_batch_is_that_over_all_batches() -> None:
     layout = Layout.of(model)
     oracle = Oracle(task, model, layout, examples, 0)
 
-    drawn, exact = batch_size._variances(oracle, layout.flatten(model), SIZE, NUM, 2000)
+    ((drawn, exact),) = batch_size._variances(oracle, layout.flatten(model), [SIZE], NUM, 2000)
 
     def gradient(rows: tuple[int, ...]) -> Tensor:
         loss = squares(model, (inputs[list(rows)], targets[list(rows)]))

@@ -368,13 +368,14 @@ def test_a_users_module_that_does_not_import_shows_where(
     [
         (
             "",
-            "name a command: train, simulate, replay, list, experiment, report, bench "
-            "(see `paramserver --help`)",
+            "name a command: train, simulate, replay, list, experiment, report, surface, diagnose, "
+            "bench (see `paramserver --help`)",
         ),
         (
             "trian",
             "there is no command 'trian'; did you mean train? "
-            "(there are train, simulate, replay, list, experiment, report, bench)",
+            "(there are train, simulate, replay, list, experiment, report, surface, diagnose, "
+            "bench)",
         ),
         (
             "train --worker 3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -53,6 +54,30 @@ def test_a_file_of_flags_is_read(tmp_path: Path) -> None:
     assert record(tmp_path / "run")["seconds"] == 28.0  # 40 updates, 3 at a time
 
 
+def test_many_seeds_are_the_runs_of_each_seed_and_are_made_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--workers", "3", "--damping", "dynsgd", "--updates", "30"]
+    simulate(tmp_path / "one", *flags, "--seed", "6")
+    capsys.readouterr()
+
+    code = simulate(tmp_path / "many", *flags, "--seed", "5", "--seeds", "3")
+
+    assert code == 0
+    assert "Medians over seeds" in capsys.readouterr().out
+    with (tmp_path / "many" / "cells.csv").open(encoding="utf-8") as file:
+        rows = {row["seed"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["5", "6", "7"]
+    assert len({row["final_loss"] for row in rows.values()}) == 3
+    final = record(tmp_path / "one")["final"]
+    assert isinstance(final, dict)
+    assert float(rows["6"]["final_loss"]) == final["loss"]
+    assert (tmp_path / "many" / "report.html").exists()
+
+    assert simulate(tmp_path / "many", *flags, "--seed", "5", "--seeds", "4") == 0
+    assert "3 of 4 are there already" in capsys.readouterr().err
+
+
 def test_a_recorded_run_is_simulated_with_delays_like_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +107,20 @@ def test_local_steps_are_simulated_and_replayed(
     assert main(["replay", str(out)]) == 0
     assert "equal to the checkpoint's, bit for bit" in capsys.readouterr().out
     assert "sgd:steps=3" in (out / "report.html").read_text()
+
+
+def test_seeds_and_a_recorded_run_do_not_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = tmp_path / "real"
+    simulate(real, "--updates", "100")
+    for name in ("config.json", "result.json"):
+        text = (real / name).read_text()
+        (real / name).write_text(text.replace('"mode": "simulate"', '"mode": "async"'))
+
+    assert main(["simulate", "--like", str(real), "--seeds", "2"]) == USAGE
+
+    assert "leave out seeds or like" in capsys.readouterr().err
 
 
 def test_no_delays_are_fitted_to_what_was_cancelled(
@@ -139,6 +178,8 @@ def test_a_replay_tells_that_all_bits_are_equal(
         ("--optimizer lbfgs", "lbfgs is a round program"),
         ("--rule pieces", "rule pieces is for round programs"),
         ("--resume x", "there is no flag --resume"),
+        ("--seeds 0", "seeds must be 1 or more, got 0"),
+        ("--seeds 2 --optimizer lbfgs", "lbfgs is a round program"),
         ("--workers 2000", "2000 workers cannot share"),
         ("--like nowhere", "nowhere is not the record of a run"),
     ],

@@ -134,6 +134,22 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_counted(of: dict[str, Any]
     assert (s.ended, s.gradients) == (None, 0)
 
 
+def test_a_run_of_which_nothing_finite_comes_any_more_ends_and_says_so() -> None:
+    s = sequencer(on_nan="drop")
+    for _ in range(99):
+        push(s, 0, loss=math.nan)
+    push(s, 1)  # there was hope
+    for _ in range(99):
+        push(s, 0, loss=math.nan)
+    assert s.ended is None
+
+    orders = push(s, 1, norm=math.inf)
+
+    assert told(orders) == [(Action.DISCARD, 1, 1)]
+    assert s.ended == ("the parameters have diverged: none of the last 100 gradients was finite")
+    assert s.error is None
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_by_name() -> None:
     s = sequencer()
     push(s, 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -26,7 +27,10 @@ from paramserver.sequencer import Sequencer
 from paramserver.server import Follower, Leader
 from paramserver.shard import Shard
 from paramserver.transports import Connection, memory, shared_memory
+from paramserver.transports.gateway import Gateway, GatewayConfig
+from paramserver.transports.grpc_connection import GrpcConnection
 from paramserver.transports.link import Link
+from paramserver.transports.remote import Remote
 from paramserver.transports.shared_memory import raise_refusal
 
 TOKEN, FINGERPRINT = "a token", "0123456789abcdef"
@@ -332,3 +336,70 @@ class SharedMemoryCluster(Cluster):
     def close(self) -> None:
         for host in self.hosts:
             host.close()
+
+
+class GrpcCluster(SharedMemoryCluster):
+    """Over gRPC, through a gateway in this process."""
+
+    settings: Mapping[str, Any] = {}
+    """What the gateway is told beside where the shards are."""
+
+    def _start(self) -> None:
+        super()._start()
+        self._dialled: list[GrpcConnection] = []
+        common: dict[str, Any] = {
+            "listen": f"unix-abstract:{self.addresses[0]}/gateway",
+            "timeout_s": 5.0,
+            **self.settings,
+        }
+        self.gateway = Gateway(
+            GatewayConfig(
+                shards=tuple(self.addresses),
+                cuts=self.cuts,
+                dtype=self.dtype,
+                token=TOKEN,
+                fingerprint=FINGERPRINT,
+                slot_rows=self.slot_rows,
+                **common,
+            )
+        )
+        self.gateway.start()
+
+    def connect(
+        self, shard: int, worker: int, incarnation: int, text: str = f"{TOKEN} {FINGERPRINT}"
+    ) -> tuple[Connection, Message]:
+        token, _, fingerprint = text.rpartition(" ")
+        connection = self.dial(shard, worker, incarnation, token, fingerprint)
+        return connection, connection.welcome
+
+    def dial(
+        self, shard: int, worker: int, incarnation: int, token: str, fingerprint: str, **of: Any
+    ) -> GrpcConnection:
+        """Say hello to one shard over the network; ``of`` changes how it is spoken to."""
+        remote = Remote(**{"address": self.gateway.address, "token": token, **of})
+        connection = GrpcConnection(
+            remote,
+            shard,
+            len(self.cuts[shard]),
+            Message(Kind.HELLO, worker=worker, incarnation=incarnation, text=fingerprint),
+            dtype=self.dtype,
+            slot_rows=self.slot_rows,
+            timeout_s=5.0,
+        )
+        self._dialled.append(connection)
+        return connection
+
+    def settle(self) -> None:
+        """Wait until the gateway has told the shards what it was sent, then ask each of them."""
+        deadline = time.monotonic() + 1.0  # what was refused is not taken
+        while time.monotonic() < deadline:
+            if self.gateway.counted()["messages"] >= sum(c.num_sent for c in self._dialled):
+                break
+            time.sleep(0.001)
+        for shard in range(len(self.shards)):
+            with contextlib.suppress(Exception):
+                SharedMemoryCluster.connect(self, shard, -99, 0, text="not a token")
+
+    def close(self) -> None:
+        self.gateway.close()
+        super().close()

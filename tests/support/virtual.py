@@ -186,7 +186,9 @@ class Learning:
         self.layout = Layout.of(build_model(self.task, self.seed))
 
     def samples(self) -> Samples:
-        return Samples(self.data.train, self.batch_size, self.num_workers, seed=self.seed)
+        return Samples(
+            self.task, self.data.train, self.batch_size, self.num_workers, seed=self.seed
+        )
 
     def gradients(
         self, batched: bool, clip: Clip | None = None, samples: Samples | None = None

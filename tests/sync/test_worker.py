@@ -391,6 +391,17 @@ def test_a_gradient_that_is_not_finite_can_be_left_out() -> None:
     assert params(finished).isfinite().all()
 
 
+def test_a_run_of_which_nothing_finite_comes_any_more_ends_and_says_so() -> None:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return TASK.loss(model, batch) * math.nan
+
+    finished = results(train(plan(on_nan="drop", updates=7), task=replace(TASK, loss=loss)))
+
+    reason = "the parameters have diverged: none of the last 100 gradients was finite"
+    assert [f.reason for f in finished] == [reason] * len(finished)
+    assert finished[0].part.position == Position(version=0, clock=50, spoilt=100)
+
+
 def test_each_rank_may_clip_its_own_gradient() -> None:
     clip = ClipNorm(max_norm=1e-3)
 

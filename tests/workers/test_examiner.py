@@ -89,3 +89,15 @@ def test_parameters_are_brought_if_they_are_better() -> None:
 )
 def test_what_is_better(metric: str, best: float | None, value: float, is_better: bool) -> None:
     assert Keep(metric, best).better(value) == is_better
+
+
+@pytest.mark.parametrize(("always", "kept"), [(True, True), (False, False)])
+def test_a_trajectory_keeps_what_is_no_better_and_what_is_not_a_number(
+    always: bool, kept: bool
+) -> None:
+    look, layout = examiner(Data(of(0), of(0), of(1, 1)))
+
+    worse = look.examine(1, at(2.0, layout), Keep("validation_loss", 0.1, always))
+    broken = look.examine(1, at(math.nan, layout), Keep("validation_loss", 0.1, always))
+
+    assert (worse.params is not None, broken.params is not None) == (kept, kept)

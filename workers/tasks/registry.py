@@ -8,9 +8,10 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, cast
 
-from paramserver.errors import PluginError, TaskError
+from paramserver.errors import PluginError, RecordError, TaskError
 from paramserver.registry import Registry
 from workers.task import Task, user_code
 from workers.tasks.autoencoder import DigitsAutoencoder
@@ -18,6 +19,7 @@ from workers.tasks.digits import Digits
 from workers.tasks.images import FashionMnist, Mnist
 from workers.tasks.logistic import Logistic
 from workers.tasks.quadratic import Quadratic
+from workers.tasks.text import TinyShakespeare
 
 
 class TaskSpec(Protocol):
@@ -52,6 +54,7 @@ TASKS.register(
 TASKS.register("mnist", Mnist, source="LeCun et al., Proc. IEEE 86(11), 1998")
 TASKS.register("fashion-mnist", FashionMnist, source="Xiao et al., arXiv:1708.07747")
 TASKS.register("quadratic", Quadratic)
+TASKS.register("tinyshakespeare", TinyShakespeare, source="Karpathy, char-rnn, 2015")
 TASKS.register("logistic", Logistic, source="UCI Adult; features as LIBSVM's a9a")
 
 
@@ -81,6 +84,21 @@ def task(described: Task | TaskSpec | Mapping[str, object] | str) -> Task:
     if not isinstance(built, Task):
         raise TaskError(f"task {name} must be a Task, got {type(built).__name__}")
     return dataclasses.replace(built, described=TASKS.describe(spec))
+
+
+def recorded_task(folder: Path, config: Mapping[str, Any], given: Task | None) -> Task:
+    """Return what the configuration in the record ``folder`` says was trained, or ``given``.
+
+    Raises:
+        RecordError: It does not say.
+        PluginError: It names a task that does not exist here.
+    """
+    if given is not None:
+        return given
+    described = config.get("task")
+    if not isinstance(described, Mapping):
+        raise RecordError(f"{folder} does not say how its task {described!r} is made: give it")
+    return task(described)
 
 
 def _find(module: str, attribute: str) -> object:

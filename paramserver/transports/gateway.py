@@ -1,0 +1,399 @@
+"""The shards' gRPC server: clients on other nodes, and without Ray, come in here.
+
+It is a process beside the shards, on their node, and their client: what remote clients send is
+checked here, put where the shard sees it, and told to it as a local worker would. So what comes
+over the network is parsed where no parameters are, and the shards know one kind of client.
+
+    client --- one stream a shard ---> gateway --- Unix socket, shared memory ---> shard 0, 1, …
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import torch
+
+from paramserver.client import Client
+from paramserver.errors import ParamServerError, ProtocolError, ResourceError
+from paramserver.messages import Kind, Message
+from paramserver.transports import schema
+from paramserver.transports.admission import Places, Rate, check, refuse
+from paramserver.transports.frames import write_message
+from paramserver.transports.link import Link
+from paramserver.transports.remote import (
+    SERVER_OPTIONS,
+    Identity,
+    check_clear_text,
+    is_local,
+    split_address,
+)
+from paramserver.transports.sessions import Session
+from paramserver.transports.shared_memory import SharedMemoryConnection
+
+logger = logging.getLogger(__name__)
+
+_SNAPSHOT_READER: Final = -(10**6)
+"""The reader that snapshots are read as; below all others."""
+
+_CLOSE_S: Final = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """Where a gateway listens, to whom, and for which shards."""
+
+    listen: str
+    """``host:port``, where port 0 takes a free one; ``unix:path`` or ``unix-abstract:name``."""
+
+    shards: tuple[str, ...]
+    """Addresses of the shards on this node; the first leads."""
+
+    cuts: tuple[range, ...]
+    """Their ranges."""
+
+    dtype: torch.dtype
+    token: str
+    """The run's secret."""
+
+    fingerprint: str
+    """The layout's."""
+
+    layout: str = "{}"
+    """The layout as JSON, for clients that have no other way to know it."""
+
+    slot_rows: int = 1
+    """Rows of a gradient slot."""
+
+    wait_s: float = 120.0
+    """Seconds an answer may take, a rule's waiting included."""
+
+    timeout_s: float = 60.0
+    """Seconds a shard may take to answer a hello."""
+
+    identity: Identity | None = None
+    """None listens in clear text."""
+
+    clear_text: bool = False
+    """Whether clear text may leave this machine."""
+
+    first_guest: int = 0
+    """Number of the first worker that no trainer started."""
+
+    guests: int = 1
+    """Places for clients that no trainer started, to push and to read."""
+
+    num_clients: int = 64
+    """Conversations, one a client and shard, at most."""
+
+    calls_per_s: float = 100.0
+    """Calls that are taken, good and bad; more are refused."""
+
+    frames_per_s: float = 50_000.0
+    """Frames that are taken from one client; more wait."""
+
+    linger_s: float = 30.0
+    """Seconds a client whose stream broke keeps its place."""
+
+    def __post_init__(self) -> None:
+        if self.identity is None or self.identity.certificate is None:
+            check_clear_text(self.listen, self.clear_text)
+        if self.guests < 0:
+            raise ValueError(f"guests must be 0 or more, got {self.guests}")
+        for name in ("calls_per_s", "frames_per_s", "linger_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+class Gateway:
+    """Listens from `start` to `close`."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.address = config.listen
+        self._token = config.token.encode()
+        self._sessions: dict[bytes, Session] = {}
+        self._opening: set[bytes] = set()
+        self._lock = threading.Lock()  # of the two above, the guests, and what is counted
+        self._counted = dict.fromkeys(("messages", "refused", "received_bytes", "sent_bytes"), 0)
+        self._calls = Rate(config.calls_per_s)
+        first = config.first_guest
+        reserved_s = config.timeout_s
+        self._workers = Places(range(first, first + config.guests), self._is_used, reserved_s)
+        self._readers = Places(range(-2, -2 - config.guests, -1), self._is_used, reserved_s)
+        self._incarnation = int(time.time())  # later than any of an earlier run of this record
+        self._snapshots: Client | None = None
+        self._snapshot_lock = threading.Lock()  # of the reader above
+        self._server: grpc.Server | None = None
+        self._closing = threading.Event()
+
+    def start(self) -> str:
+        """Listen; return the address, with the port that was taken.
+
+        Raises:
+            ResourceError: The address cannot be listened at, or a certificate not be read.
+        """
+        c = self.config
+        handlers = {
+            "Register": grpc.unary_unary_rpc_method_handler(
+                self._guarded(self._register), schema.RegisterRequest.FromString, _encoded
+            ),
+            "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+            "Snapshot": grpc.unary_stream_rpc_method_handler(
+                self._snapshot, schema.SnapshotRequest.FromString
+            ),
+            "Stats": grpc.unary_unary_rpc_method_handler(
+                self._guarded(self._stats), schema.StatsRequest.FromString, _encoded
+            ),
+            "Health": grpc.unary_unary_rpc_method_handler(
+                self._guarded(self._health), schema.HealthRequest.FromString, _encoded
+            ),
+        }
+        room = c.num_clients + 8  # a call that is one too many is told so
+        server = grpc.server(
+            ThreadPoolExecutor(room, thread_name_prefix="gateway"),
+            handlers=[grpc.method_handlers_generic_handler(schema.SERVICE, handlers)],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=room,
+        )
+        credentials = None if c.identity is None else c.identity.server_credentials()
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(c.listen)
+            else:
+                port = server.add_secure_port(c.listen, credentials)
+        except RuntimeError as error:
+            raise ResourceError(
+                f"cannot listen at {c.listen}: it is taken, or no address of this machine; choose "
+                "another port, or 0 for any"
+            ) from error
+        if not c.listen.startswith("unix"):
+            host, _ = split_address(c.listen)
+            self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if credentials is None and not is_local(c.listen):
+            logger.warning("listening in clear text at %s", self.address)
+        server.start()
+        self._server = server
+        threading.Thread(target=self._clear_up, name="gateway-clearing", daemon=True).start()
+        return self.address
+
+    def close(self) -> None:
+        """End every conversation. Twice is harmless."""
+        self._closing.set()
+        if self._server is not None:
+            self._server.stop(0).wait(_CLOSE_S)
+        for session in list(self._sessions.values()):
+            session.close()
+        if self._snapshots is not None:
+            self._snapshots.close()
+
+    def counted(self) -> dict[str, int]:
+        """Return how much has come, gone, and been refused."""
+        with self._lock:
+            return {**self._counted, "clients": len(self._sessions)}
+
+    def _admit(self, context: grpc.ServicerContext) -> dict[str, str | bytes]:
+        """Return a call's metadata if it may be made, or end it."""
+        metadata: dict[str, str | bytes] = dict(context.invocation_metadata())
+        try:
+            if not self._calls.try_one():
+                limit = self.config.calls_per_s
+                raise ResourceError(f"more than {limit:g} calls a second come in: try again later")
+            check(metadata, self._token)
+        except (PermissionError, ParamServerError) as error:
+            self._count(refused=1)
+            refuse(context, error)
+        return metadata
+
+    def _guarded(self, answer: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+            self._admit(context)
+            try:
+                return answer(request)
+            except ParamServerError as error:
+                self._count(refused=1)
+                return refuse(context, error)
+
+        return guarded
+
+    def _register(self, request: Any) -> Any:
+        c = self.config
+        with self._lock:
+            worker = (self._readers if request.reads else self._workers).take()
+            self._incarnation += 1
+            return schema.RegisterReply(
+                worker=worker,
+                incarnation=self._incarnation,
+                layout=c.layout,
+                cuts=[cut.stop for cut in c.cuts],
+                slot_rows=c.slot_rows,
+                wait_s=c.wait_s,
+            )
+
+    def _stats(self, request: Any) -> Any:
+        return schema.StatsReply(num_clients=self.config.num_clients, **self.counted())
+
+    def _health(self, request: Any) -> Any:
+        try:
+            for address in self.config.shards:
+                Link.connect(address).close()
+        except OSError:
+            return schema.HealthReply(serves=False)
+        return schema.HealthReply(serves=True)
+
+    def _snapshot(self, request: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
+        self._admit(context)
+        with self._snapshot_lock:  # one at a time: its lease is on one version
+            try:
+                reading = self._reader().read()
+            except ParamServerError as error:
+                self._count(refused=1)
+                refuse(context, error)
+            for number, params in enumerate(reading.params, 1):
+                grant = Message(Kind.GRANT, version=reading.version)
+                for frame in write_message(grant, number, [params]):
+                    self._count(sent_bytes=len(frame))
+                    yield frame
+            self._reader().release()
+
+    def _reader(self) -> Client:
+        if self._snapshots is None:
+            hello = Message(Kind.HELLO, worker=_SNAPSHOT_READER, incarnation=1)
+            shards = range(len(self.config.shards))
+            connections = [self._connect(shard, hello) for shard in reversed(shards)]
+            self._snapshots = Client(
+                connections[::-1], worker=hello.worker, incarnation=1, wait_s=self.config.timeout_s
+            )
+        return self._snapshots
+
+    def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        metadata = self._admit(context)
+        try:
+            session, received = self._session(metadata)
+        except ParamServerError as error:
+            self._count(refused=1)
+            refuse(context, error)
+        stream = session.attach()
+        if not context.add_callback(lambda: session.detach(stream)):
+            session.detach(stream)
+        threading.Thread(
+            target=self._listen, args=(frames, session, stream), name="gateway-listen", daemon=True
+        ).start()
+        for frame in session.outgoing(stream, received):
+            self._count(sent_bytes=len(frame))
+            yield frame
+        if session.is_over:
+            self._end(session)
+
+    def _listen(self, frames: Iterator[bytes], session: Session, stream: int) -> None:
+        rate = Rate(self.config.frames_per_s)
+        try:
+            for size, is_whole in session.take(frames, stream):
+                self._count(received_bytes=size, messages=int(is_whole))
+                if (early_s := rate.wait_s()) > 0:
+                    time.sleep(early_s)
+        except ParamServerError as error:
+            self._count(refused=1)
+            session.end_with(error)
+        except grpc.RpcError:  # the stream broke; its end is told by its callback
+            return
+        if session.is_over:
+            session.wake()
+        else:  # the client says no more, and has not said that it leaves
+            session.detach(stream)
+
+    def _session(self, metadata: dict[str, str | bytes]) -> tuple[Session, int]:
+        """Return the session a stream is for, and the number of the last message it has brought."""
+        name = metadata.get("paramserver-session-bin", b"")
+        numbers = [_number(metadata, key) for key in ("shard", "worker", "incarnation", "received")]
+        shard, worker, incarnation, received = numbers
+        if not isinstance(name, bytes) or len(name) != 16:
+            raise ProtocolError("a session's name has 16 bytes")
+        if not 0 <= shard < len(self.config.shards):
+            raise ProtocolError(f"there are {len(self.config.shards)} shards, and none is {shard}")
+        hello = Message(Kind.HELLO, worker=worker, incarnation=incarnation)
+        with self._lock:
+            session = self._sessions.get(name)
+            if session is not None:
+                if session.hello[:4] != hello[:4] or session.shard != shard:
+                    raise ProtocolError("this session is another client's")
+                return session, received
+            if name in self._opening:
+                raise ResourceError("this session is being opened already")
+            if len(self._sessions) + len(self._opening) >= self.config.num_clients:
+                raise ResourceError(
+                    f"{self.config.num_clients} conversations are open, as many as there may be: "
+                    "start the run with more clients"
+                )
+            self._opening.add(name)
+        try:
+            model = metadata.get("paramserver-model-bin", b"")
+            fingerprint = model[:64].decode(errors="replace") if isinstance(model, bytes) else ""
+            session = Session(self._connect(shard, hello, fingerprint), hello)
+            with self._lock:
+                self._sessions[name] = session
+        finally:
+            with self._lock:
+                self._opening.discard(name)
+        return session, 0
+
+    def _connect(
+        self, shard: int, hello: Message, fingerprint: str | None = None
+    ) -> SharedMemoryConnection:
+        c = self.config
+        model = c.fingerprint if fingerprint is None else fingerprint
+        return SharedMemoryConnection(
+            c.shards[shard],
+            shard,
+            len(c.cuts[shard]),
+            hello._replace(text=f"{c.token} {model}"),
+            dtype=c.dtype,
+            slot_rows=c.slot_rows,
+            timeout_s=c.timeout_s,
+        )
+
+    def _is_used(self, worker: int) -> bool:
+        return any(session.hello.worker == worker for session in self._sessions.values())
+
+    def _end(self, session: Session) -> None:
+        session.close()
+        with self._lock:
+            self._sessions = {n: s for n, s in self._sessions.items() if s is not session}
+
+    def _clear_up(self) -> None:
+        """Now and then end sessions whose clients have been away for too long."""
+        while not self._closing.wait(min(1.0, self.config.linger_s / 4)):
+            for session in list(self._sessions.values()):
+                away = session.detached_at
+                if session.is_over and away is not None:
+                    self._end(session)
+                elif away is not None and time.monotonic() - away > self.config.linger_s:
+                    logger.warning("worker %d did not come back", session.hello.worker)
+                    self._end(session)
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, value in more.items():
+                self._counted[name] += value
+
+
+def _encoded(message: Any) -> bytes:
+    encoded: bytes = message.SerializeToString()
+    return encoded
+
+
+def _number(metadata: dict[str, str | bytes], key: str) -> int:
+    text = metadata.get(f"paramserver-{key}", "")
+    try:
+        number = int(str(text)[:24])
+    except ValueError:
+        raise ProtocolError(f"paramserver-{key} must be a whole number") from None
+    if not -(2**31) <= number < 2**31:
+        raise ProtocolError(f"paramserver-{key} is out of range")
+    return number

@@ -1,0 +1,258 @@
+"""A client's connection to a shard on another machine, or to any as if it were.
+
+The slot and the buffers are the client's own memory; frames bring them to the shard's and back. A
+read granted in the place of a cancelled one comes into the other of two buffers, so a reading stays
+as it is until the next one is asked for.
+
+A stream that breaks is opened again while an answer is waited for, and what was not answered is
+sent once more; the shard does it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import grpc
+import torch
+from torch import Tensor
+
+from paramserver.errors import ParamServerError, ServerLostError, ServerTimeoutError
+from paramserver.messages import Kind, Message
+from paramserver.transports import schema
+from paramserver.transports.frames import (
+    Filling,
+    read_frame,
+    read_message,
+    write_bye,
+    write_message,
+)
+from paramserver.transports.remote import Remote
+from paramserver.transports.shared_memory import raise_refusal
+
+_CLOSE_S: Final = 2.0
+_FIRST_PAUSE_S: Final = 0.05
+_LAST_PAUSE_S: Final = 1.0
+_BROKEN: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.CANCELLED,
+    }
+)
+"""How a stream ends whose network has broken."""
+
+
+class _Stream:
+    """One stream, from its call to its end."""
+
+    def __init__(self, call: Any, outgoing: queue.SimpleQueue[Message | None]) -> None:
+        self.call, self.outgoing = call, outgoing
+        self.error: BaseException | None = None
+        self.is_over = False
+
+
+class GrpcConnection:
+    """A client's connection to a shard over the network."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        shard: int,
+        numel: int,
+        hello: Message,
+        *,
+        dtype: torch.dtype = torch.float32,
+        slot_rows: int = 1,
+        timeout_s: float = 60.0,
+    ) -> None:
+        """Connect and say ``hello``, whose text is the layout's fingerprint.
+
+        Raises:
+            ServerLostError: Nobody listens there, or the certificates do not let the two speak.
+            ServerTimeoutError: The shard did not answer.
+            ParamServerError: The shard refused, and why.
+        """
+        self.shard = shard
+        self.num_sent = 0
+        """Messages that were put on their way, again or for the first time."""
+        self.slot = torch.zeros(slot_rows * numel, dtype=dtype)
+        self.buffers: Sequence[Tensor] = [torch.zeros(numel, dtype=dtype) for _ in range(4)]
+        self._remote, self._hello = remote, hello
+        self._session = os.urandom(16)
+        self._condition = threading.Condition()  # guards what follows
+        self._inbox: deque[Message] = deque()
+        self._received = 0
+        self._unanswered: Message | None = None
+        self._current = 0  # the buffer of the last read
+        self._number = 0
+        self._channel = remote.channel()
+        with self._condition:
+            self._stream = self._open()
+        try:
+            self.welcome = self._first(timeout_s)
+        except BaseException:
+            self._channel.close()
+            raise
+        if self.welcome.kind != Kind.WELCOME:
+            self.close()
+            raise_refusal(self.welcome)
+
+    def send(self, message: Message) -> None:
+        """Put ``message`` on its way, with what is in the slot if it is a push."""
+        with self._condition:
+            if message.kind in (Kind.PUSH, Kind.READ):
+                self._unanswered = message
+            if not self._stream.is_over:
+                self._put(message)
+            elif self._stream.error is None and not self._inbox:
+                raise ServerLostError(self.shard, "sending")
+
+    def receive(self, timeout_s: float) -> Message:
+        """Wait for the shard's next message; open the stream again if it breaks meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            with self._condition:
+                self._condition.wait_for(
+                    lambda: self._inbox or self._stream.is_over, deadline - time.monotonic()
+                )
+                if self._inbox:
+                    return self._inbox.popleft()
+                if time.monotonic() >= deadline:
+                    break
+                if self._stream.is_over:
+                    self._check_broken("waiting for an answer", timeout_s)
+                    self._condition.wait(min(pause_s, max(0.0, deadline - time.monotonic())))
+                    pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+                    self._stream = self._open()
+                    if self._unanswered is not None:
+                        self._put(self._unanswered)
+        raise ServerTimeoutError(self.shard, "waiting for an answer", timeout_s)
+
+    def poll(self) -> Message | None:
+        """Return the shard's next message if it is here already."""
+        with self._condition:
+            if self._inbox:
+                return self._inbox.popleft()
+            if self._stream.is_over:
+                self._check_broken("looking for a message", 0.0)
+            return None
+
+    def close(self) -> None:
+        """Leave, and wait until the shard has heard it, for a moment."""
+        with self._condition:
+            stream = self._stream
+            stream.outgoing.put(None)
+            if not stream.is_over:
+                self._condition.wait_for(lambda: stream.is_over, _CLOSE_S)
+        self._channel.close()
+
+    def _first(self, timeout_s: float) -> Message:
+        with self._condition:
+            self._condition.wait_for(lambda: self._inbox or self._stream.is_over, timeout_s)
+            if self._inbox:
+                return self._inbox.popleft()
+            error = self._stream.error
+        if isinstance(error, grpc.RpcError):
+            self._remote.raise_named(error, self.shard, "connecting", timeout_s)
+        if error is not None:
+            raise error
+        raise ServerTimeoutError(self.shard, f"connecting to {self._remote.address}", timeout_s)
+
+    def _put(self, message: Message) -> None:
+        self.num_sent += 1
+        self._stream.outgoing.put(message)
+
+    def _check_broken(self, doing: str, timeout_s: float) -> None:
+        """Raise unless the stream ended because the network broke."""
+        error = self._stream.error
+        if error is None:
+            raise ServerLostError(self.shard, doing)
+        if not isinstance(error, grpc.RpcError):
+            raise error
+        if error.code() not in _BROKEN:
+            self._remote.raise_named(error, self.shard, doing, timeout_s)
+
+    def _open(self) -> _Stream:
+        """Begin a stream, and a thread that reads from it."""
+        outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        metadata = self._remote.metadata(
+            ("paramserver-session-bin", self._session),
+            ("paramserver-shard", str(self.shard)),
+            ("paramserver-worker", str(self._hello.worker)),
+            ("paramserver-incarnation", str(self._hello.incarnation)),
+            ("paramserver-model-bin", self._hello.text.encode()),
+            ("paramserver-received", str(self._received)),
+        )
+        call = self._channel.stream_stream(schema.method("Exchange"))(
+            self._frames(outgoing), metadata=metadata
+        )
+        stream = _Stream(call, outgoing)
+        name = f"grpc-shard-{self.shard}"
+        threading.Thread(target=self._read, args=(stream,), name=name, daemon=True).start()
+        return stream
+
+    def _frames(self, outgoing: queue.SimpleQueue[Message | None]) -> Iterator[bytes]:
+        """Yield the frames of what is put into ``outgoing``; gRPC takes one when it has room."""
+        for message in iter(outgoing.get, None):
+            self._number += 1
+            tensors = [self.slot] if message.kind == Kind.PUSH else []
+            yield from write_message(message, self._number, tensors)
+        yield write_bye()
+
+    def _read(self, stream: _Stream) -> None:
+        error: BaseException | None = None
+        filling: Filling | None = None
+        try:
+            for encoded in stream.call:
+                frame = read_frame(encoded)
+                if filling is None:
+                    message = read_message(frame)
+                    filling = Filling(frame, *self._place(message))
+                else:
+                    filling.add(frame)
+                if filling.is_whole:
+                    self._arrived(stream, filling)
+                    filling = None
+        except (grpc.RpcError, ParamServerError) as caught:
+            error = caught
+            with contextlib.suppress(grpc.RpcError):
+                stream.call.cancel()
+        finally:
+            with self._condition:
+                stream.error, stream.is_over = error, True
+                self._condition.notify_all()
+            stream.outgoing.put(None)  # else gRPC's thread waits for the next frame for ever
+
+    def _place(self, message: Message) -> tuple[Message, list[Tensor]]:
+        """Choose the buffers a grant's tensors go to."""
+        if message.kind != Kind.GRANT:
+            return message, []
+        other = 1 - self._current
+        vector = -1 if message.vector < 0 else 2 + other
+        tensors = [self.buffers[i] for i in (other, vector) if i >= 0]
+        return message._replace(buffer=other, vector=vector), tensors
+
+    def _arrived(self, stream: _Stream, filling: Filling) -> None:
+        message = filling.message
+        with self._condition:
+            if stream is not self._stream or filling.number <= self._received:
+                return
+            self._received = filling.number
+            if message.kind == Kind.GRANT:
+                self._current = message.buffer
+            if self._unanswered is not None and (
+                message.kind in (Kind.END, Kind.FAIL)
+                or (message.kind == Kind.GRANT and message.seq == self._unanswered.seq)
+            ):
+                self._unanswered = None
+            self._inbox.append(message)
+            self._condition.notify_all()

@@ -1,0 +1,190 @@
+"""A remote client's conversation with one shard, which outlives the streams that carry it.
+
+    client --- frames ---> stream ---> session ---> the shard's shared memory and its socket
+                                          |
+                            kept: what the client may not have received
+
+Tensors are copied from frames into the shard's own gradient slot as they come, and read for frames
+from its own snapshot buffers. So nothing the size of a model is allocated for a client but what any
+local one has, and a push reaches the shard only when it has come whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from torch import Tensor
+
+from paramserver.errors import ParamServerError, ProtocolError, ServerLostError
+from paramserver.messages import Kind, Message, failure
+from paramserver.transports.frames import Filling, read_frame, read_message, write_message
+from paramserver.transports.shared_memory import SharedMemoryConnection
+
+_TAKEN: Final = frozenset({Kind.PUSH, Kind.READ, Kind.RELEASE, Kind.LEAVE})
+"""What a client may say; the rest is between shards."""
+
+_POLL_MS: Final = 250
+_NUM_KEPT: Final = 16
+
+
+class Session:
+    """One client's place at one shard. A stream's two threads use it, and the gateway's own."""
+
+    def __init__(self, connection: SharedMemoryConnection, hello: Message) -> None:
+        """Speak for a client over ``connection``, on which ``hello`` was said."""
+        self.hello, self.shard = hello, connection.shard
+        self.detached_at: float | None = None
+        """When the last stream ended; None while there is one."""
+        self.is_over = False
+        """Whether the client has left, or was shown out."""
+        self._connection = connection
+        self._lock = (
+            threading.Lock()
+        )  # of all below; and the connection may be closed under it only
+        self._kept: deque[tuple[int, Message]] = deque(maxlen=_NUM_KEPT)
+        self._number = 0
+        self._stream = 0
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._is_closed = False
+        self.tell(connection.welcome)
+
+    def tell(self, message: Message) -> None:
+        """Keep a message for the client until it is surely there."""
+        with self._lock:
+            self._number += 1
+            if message.kind == Kind.GRANT:  # the read granted before is not leased any more
+                for old in [k for k in self._kept if k[1].kind == Kind.GRANT]:
+                    self._kept.remove(old)
+            self._kept.append((self._number, message))
+            self._wake()
+
+    def attach(self) -> int:
+        """Begin a stream in the place of an earlier one; return its number."""
+        with self._lock:
+            self._stream += 1
+            self.detached_at = None
+            self._wake()
+            return self._stream
+
+    def detach(self, stream: int) -> None:
+        """End a stream; the session waits for another one."""
+        with self._lock:
+            if stream == self._stream and self.detached_at is None:
+                self.detached_at = time.monotonic()
+            self._wake()
+
+    def is_on(self, stream: int) -> bool:
+        """Whether ``stream`` still carries this session."""
+        return stream == self._stream and self.detached_at is None and not self._is_closed
+
+    def take(self, encoded: Iterable[bytes], stream: int) -> Iterator[tuple[int, bool]]:
+        """Take frames from the client while ``stream`` carries it.
+
+        Yields each one's bytes, and whether a message is whole with it.
+
+        Raises:
+            ProtocolError: A frame breaks the contract.
+            ServerLostError: The shard is gone.
+        """
+        filling: Filling | None = None
+        for each in encoded:
+            if not self.is_on(stream):
+                return
+            frame = read_frame(each)
+            if frame.bye:
+                self.is_over = True
+                return
+            if filling is None:
+                message = read_message(frame)
+                tensors = [self._connection.slot] if message.kind == Kind.PUSH else []
+                filling = Filling(frame, message, tensors)
+            else:
+                filling.add(frame)
+            if is_whole := filling.is_whole:
+                self._pass_on(filling.message)
+                filling = None
+            yield len(each), is_whole
+
+    def _pass_on(self, message: Message) -> None:
+        if message.kind not in _TAKEN:
+            who = "follower" if self.shard else "leader"
+            refusal = ProtocolError(f"a {who} does not take message {message.kind} from a client")
+            self.tell(failure(refusal))
+            return
+        with self._lock:
+            if not self._is_closed:
+                self._connection.send(message)
+
+    def end_with(self, error: ParamServerError) -> None:
+        """Tell the client why this is the end."""
+        self.tell(failure(error))
+        self.is_over = True
+
+    def outgoing(self, stream: int, received: int) -> Iterator[bytes]:
+        """Yield frames for the client while ``stream`` carries it, from message ``received`` on."""
+        poller = select.poll()
+        poller.register(self._connection, select.POLLIN)
+        poller.register(self._wakeup, select.POLLIN)
+        while self.is_on(stream):
+            for number, message in self._after(received):
+                received = number
+                yield from write_message(message, number, self._tensors(message))
+            if self.is_over:
+                return
+            if not self._hear() and self.is_on(stream):
+                poller.poll(_POLL_MS)
+                self._calm()
+
+    def wake(self) -> None:
+        """Let `outgoing` see what has changed."""
+        with self._lock:
+            self._wake()
+
+    def close(self) -> None:
+        """Give the client's place back. Twice is harmless."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = self.is_over = True
+            self._wake()
+            self._connection.close()
+            os.close(self._wakeup)
+
+    def _hear(self) -> bool:
+        """Take the shard's next message if it is there."""
+        try:
+            with self._lock:
+                message = None if self._is_closed else self._connection.poll()
+        except ServerLostError as error:
+            self.end_with(error)
+            return True
+        if message is None:
+            return False
+        self.tell(message)
+        return True
+
+    def _after(self, received: int) -> list[tuple[int, Message]]:
+        with self._lock:
+            return [(number, message) for number, message in self._kept if number > received]
+
+    def _tensors(self, message: Message) -> list[Tensor]:
+        if message.kind != Kind.GRANT:
+            return []
+        indices = [message.buffer] if message.vector < 0 else [message.buffer, message.vector]
+        return [self._connection.buffers[i] for i in indices]
+
+    def _calm(self) -> None:
+        with self._lock, contextlib.suppress(BlockingIOError):  # it was not what has woken us
+            if not self._is_closed:
+                os.eventfd_read(self._wakeup)
+
+    def _wake(self) -> None:
+        if not self._is_closed:
+            os.eventfd_write(self._wakeup, 1)
