@@ -214,17 +214,17 @@ class Fleet:
             )
             self._runs[ref] = worker
             return
-        batch_size = self._config.batch_size or self._plan.task.batch_size
         ref = self._workers[worker].run.remote(
             self._servers,
             worker,
             self._incarnations[worker],
             self._config.workers,
-            batch_size,
+            self._plan.batch_size,
             self._plan.clip_at_worker,
             self._config.gradient,
             self._plan.local,
             self._course_ref,
+            num_chunks=self._plan.num_chunks,
             looks=self._plan.cancels,
         )
         self._runs[ref] = worker

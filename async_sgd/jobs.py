@@ -53,6 +53,8 @@ class Job:
     params: Tensor
     """What was read, shape ``(n,)``; it stays as it is until the push was decided about. A worker
     that keeps an earlier read does not look at it."""
+    samples: int = 0
+    """Samples of its gradient; 0 if the run does not change their number."""
     grad: Tensor | None = field(default=None, repr=False)
     """Shape ``(n,)``, once it is computed."""
     done: Estimated | None = None
@@ -83,6 +85,8 @@ class Step(NamedTuple):
     """Its clock, or as `workers.local.steps_of` counts them."""
     version: int
     """That the worker has read."""
+    samples: int = 0
+    """How many it draws; 0 if the run does not change their number."""
 
 
 class Samples:
@@ -113,10 +117,10 @@ class Samples:
         """Return the samples of all ``steps``, one step's after the other's; never windows."""
         return self._examples.batch(torch.cat([self._indices(*step) for step in steps]))
 
-    def _indices(self, worker: int, number: int, version: int) -> Tensor:
+    def _indices(self, worker: int, number: int, version: int, samples: int) -> Tensor:
         batches = self._of(worker)
         assert isinstance(batches, Batches), "windows are read one by one"
-        return batches.indices(number, version)
+        return batches.indices(number, version, samples or None)
 
     def _of(self, worker: int) -> Batches | Windows:
         batches = self._batches.get(worker)
@@ -172,19 +176,23 @@ class OneByOne:
         *,
         mode: GradientMode = "reverse",
         clip: Clip | None = None,
+        num_chunks: int = 1,
         local: Local | None = None,
         num_shards: int = 1,
     ) -> None:
         """Compute on ``model``, which ``layout`` describes, in ``mode``; ``local`` steps, if any.
 
-        The norm of a gradient is summed as by a worker of ``num_shards`` shards.
+        The norm of a gradient is summed as by a worker of ``num_shards`` shards, and its noise is
+        measured in ``num_chunks``.
         """
         cuts = layout.cuts(num_shards)
         self._samples, self._sizes = samples, [len(cut) for cut in cuts]
         bound = BoundModel(model, layout, cuts)
         self._slot = torch.zeros(layout.numel, dtype=layout.dtype)
         slots = self._slot.split(self._sizes)
-        compute = Estimator(mode, task, bound, cuts, slots, seed=samples.seed, clip=clip)
+        compute = Estimator(
+            mode, task, bound, cuts, slots, seed=samples.seed, clip=clip, num_chunks=num_chunks
+        )
         self._work, self._keeping = Work(compute, bound, slots), Keeping(task, local)
         model.train()
 
@@ -200,7 +208,7 @@ class OneByOne:
 
         def prepare(step: int) -> Given:
             seed_step(self._samples.seed, job.worker, step)
-            return self._samples.read(Step(job.worker, step, job.read_version))
+            return self._samples.read(Step(job.worker, step, job.read_version, job.samples))
 
         kept, steps = self._keeping.of(job), self._keeping.steps_of(job)
         read, batch = job.params.split(self._sizes), prepare(steps.start)

@@ -43,7 +43,7 @@ class LocalServer:
             shard: Holds all parameters.
             buffers: The shard's.
             gradients: Computes them.
-            batch_size: Samples in a gradient.
+            batch_size: Samples in a gradient, unless the sequencer sizes them.
         """
         self.sequencer, self.shard = sequencer, shard
         self.jobs: dict[int, Job] = {}
@@ -66,19 +66,19 @@ class LocalServer:
         grad, done = self._gradients.finish(job)
         message = Message(
             Kind.PUSH, 0, worker, job.incarnation, job.seq, job.clock, 0, job.read_version, 0,
-            done.steps * self._batch_size, 0, -1, int(done.keeps), 0.0, done.loss, done.norm,
-            done.layer,
+            done.steps * (job.samples or self._batch_size), 0, -1, int(done.keeps), 0.0, done.loss,
+            done.norm, done.layer, done.noise,
         )  # fmt: skip
         self.shard.hold(worker, job.incarnation, job.seq, grad)
         return self._carry_out(self.sequencer.on_push(message, now))
 
-    def push_cancelled(self, worker: int, read_version: int, now: float) -> list[Job]:
-        """Let a push of ``worker`` arrive whose read of ``read_version`` was cancelled before."""
+    def push_cancelled(self, worker: int, read_version: int, samples: int, now: float) -> list[Job]:
+        """Let a push of ``samples`` arrive whose read of ``read_version`` was cancelled before."""
         job = self.jobs[worker]
         self._abandon(worker)
         message = Message(
             Kind.PUSH, 0, worker, job.incarnation, job.seq, job.clock, 0, read_version, 0,
-            self._batch_size,
+            samples,
         )  # fmt: skip
         return self._carry_out(self.sequencer.on_push(message, now))
 
@@ -127,6 +127,7 @@ class LocalServer:
             self.sequencer.clock(worker),
             read_version,
             params,
+            read.samples,
         )
         self.jobs[worker] = job
         self._gradients.begin(job)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from paramserver.batch_sizes import Averages, Rate, Sizer, largest
 from paramserver.checkpoint import Checkpoint, gather_state, scatter_state
 from paramserver.clipping import Clip
 from paramserver.compensation import Compensation
@@ -83,6 +84,27 @@ class Plan:
         clip = self.config.clip
         return None if clip is None or clip.where == "reduced" else clip
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of a worker's batch; the largest one's if their number follows the noise."""
+        adaptive = self.config.adaptive_batch
+        return self._first_batch if adaptive is None else largest(adaptive, self._num_owned)
+
+    @property
+    def num_chunks(self) -> int:
+        """Parts of a batch that gradients are computed on one by one."""
+        adaptive = self.config.adaptive_batch
+        return 1 if adaptive is None else adaptive.chunks
+
+    @property
+    def _first_batch(self) -> int:
+        return self.config.batch_size or self.task.batch_size
+
+    @property
+    def _num_owned(self) -> int:
+        """Samples that a worker owns, at least."""
+        return self.num_train // self.config.workers
+
     def sequencer(self, start: Checkpoint, ledger: Ledger | None, *, absent: int = 0) -> Sequencer:
         """Return what orders the run from ``start`` on, adding to ``ledger``.
 
@@ -96,6 +118,7 @@ class Plan:
             gradients=int(counters.get("gradients", 0)),
             samples=int(counters.get("samples", 0)),
             workers={int(w): dict(table) for w, table in start.workers.items()},
+            averages=Averages.of(counters.get("averages")),
         )
         return Sequencer(
             self.rule.build(c.workers),
@@ -106,6 +129,7 @@ class Plan:
             progress=progress,
             ledger=ledger,
             expected=c.workers - absent,
+            sizer=self._sizer(progress.averages),
         )
 
     def shard(self, index: int, address: str, token: str, start: Checkpoint) -> ShardConfig:
@@ -148,6 +172,7 @@ class Plan:
                 "gradients": progress.gradients,
                 "samples": progress.samples,
                 "rounds": parts[0].rounds,
+                "averages": progress.averages.state(),
             },
         )
 
@@ -164,6 +189,16 @@ class Plan:
         """
         needed = self.config.workers + 3 + self.guests
         return needed if self.program is None else 2 * needed
+
+    def _sizer(self, averages: Averages) -> Sizer | None:
+        """Return what sizes the batches, knowing ``averages``; None if nothing does."""
+        adaptive = self.config.adaptive_batch
+        if adaptive is None:
+            return None
+        rate = Rate(cast(Optimizer, self.optimizer), self.config.schedule)
+        return Sizer(
+            adaptive, rate, first=self._first_batch, owned=self._num_owned, averages=averages
+        )
 
     def _built_at(self, cut: range) -> tuple[AnyOptimizer, Schedule | None]:
         """Return what the shard of ``cut`` builds its rule or program, and its schedule, from."""

@@ -11,6 +11,7 @@ from async_sgd.damping import DAMPINGS
 from async_sgd.rules import RULES
 from async_sgd.setup import Setup
 from paramserver.averaging import AVERAGES
+from paramserver.batch_sizes import ADAPTIVE_BATCHES
 from paramserver.clipping import CLIPS
 from paramserver.errors import RecordError
 from paramserver.groups import GROUPS
@@ -54,6 +55,7 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
             OPTIMIZERS.build(config["optimizer"]),
             RunConfig(
                 **{name: config[name] for name in plain},
+                adaptive_batch=built("adaptive_batch", ADAPTIVE_BATCHES),
                 curriculum=built("curriculum", PACINGS),
                 difficulty=built("difficulty", DIFFICULTIES),
                 early_stopping=built("early_stopping", STOPPINGS),

@@ -185,7 +185,7 @@ class Replay:
             made_of = replace(made_of, measured_cuts=layout.cuts(self._num_shards))
         shard = made_of.build(start.params, buffers)
         assert isinstance(shard, Shard), "round programs were refused"
-        batch_size = config.batch_size or plan.task.batch_size
+        batch_size = plan.batch_size
         samples = Samples(
             plan.task,
             ready.data.train,
@@ -202,6 +202,7 @@ class Replay:
             samples,
             mode=config.gradient,
             clip=plan.clip_at_worker,
+            num_chunks=plan.num_chunks,
             local=plan.local,
             num_shards=self._num_shards,
         )
@@ -223,7 +224,7 @@ class Replay:
                 + ("waits then" if job is None else f"is at {job.seq} then")
             )
         if reason == "cancelled":
-            server.push_cancelled(worker, int(row["read_version"]), now)
+            server.push_cancelled(worker, int(row["read_version"]), int(row["samples"]), now)
         else:
             server.push(worker, now)
         replayed = server.sequencer.ledger.rows(number)[0]

@@ -17,6 +17,7 @@ from async_sgd.rules.asynchronous import Asynchronous
 from async_sgd.rules.pieces import Pieces
 from async_sgd.rules.ssp import SSP
 from paramserver.averaged_state import check_average
+from paramserver.batch_sizes import largest
 from paramserver.checkpoint import Checkpoint
 from paramserver.compensation import Compensation, check_compensation
 from paramserver.errors import CheckpointError
@@ -31,7 +32,7 @@ from paramserver.rounds import RoundOptimizer, build_program, check_size
 from paramserver.rules import Damping, RuleSpec
 from workers.config import RunConfig
 from workers.local import LOCALS, Local
-from workers.programs import check_config, check_recurrent, check_samples
+from workers.programs import check_adaptive, check_config, check_recurrent, check_samples
 from workers.task import Data, Task, batches_of, build_data, build_model
 from workers.windows import Windows
 
@@ -94,6 +95,9 @@ class Setup:
         self._check_groups()
         is_program = self.program is not None or self.form is not None
         check_recurrent(task, config, self.optimizer_name if is_program else None)
+        check_adaptive(self.task, config, optimizer, self.optimizer_name)
+        if config.adaptive_batch is not None:
+            self._check_batches()
         if local is not None:
             self._check_local(local)
         self._check_workers()
@@ -160,6 +164,8 @@ class Setup:
                 f"{self.config.workers} workers cannot each push {self.form.spec.batch} of "
                 f"{num_train} samples: use a smaller batch"
             )
+        if self.config.adaptive_batch is not None:
+            largest(self.config.adaptive_batch, num_train // self.config.workers)  # or it says why
         described = described_with(OPTIMIZERS.describe(self.optimizer), self.task.groups)
         plan = Plan(
             task=self.task,
@@ -210,6 +216,20 @@ class Setup:
                 f"{name} keeps a velocity for each worker, and rule {rule} averages the gradients "
                 "of several, which is nobody's: use asp, ssp, bounded or ringmaster, or optimizer "
                 "momentum"
+            )
+
+    def _check_batches(self) -> None:
+        """Raise ValueError if an update is not one gradient of a batch whose size is to follow."""
+        if self.local is not None:
+            raise ValueError(
+                f"local {LOCALS.name_of(self.local)} takes several steps for a push, and "
+                "adaptive_batch sizes the batch of one step of the server: leave one of them out"
+            )
+        if self.rule.build(self.config.workers).gathers:
+            raise ValueError(
+                f"rule {RULES.name_of(self.rule)} averages several gradients into one update, and "
+                "adaptive_batch sizes that of one: use asp, ssp, bounded or ringmaster, or mode "
+                "sync"
             )
 
     def _check_cancel(self) -> None:

@@ -150,7 +150,7 @@ class Simulation:
             shard: Holds all parameters.
             buffers: The shard's.
             gradients: Computes them.
-            batch_size: Samples in a gradient.
+            batch_size: Samples in a gradient, unless the sequencer sizes them.
             times: What takes time.
             num_workers: Workers that there can be, by number from 0.
             changes: Workers that come or go.

@@ -126,6 +126,11 @@ class Simulator:
                 f"batched computes by reverse mode only: leave it, or gradient="
                 f"{self.config.gradient}"
             )
+        if batched and self.config.adaptive_batch is not None:
+            raise ValueError(
+                "batched computes gradients of equally many samples side by side, and "
+                "adaptive_batch changes their number: leave one of them out"
+            )
         if batched and task.recurrent is not None:
             raise ValueError(
                 "batched computes by torch.func.vmap, which cannot follow torch's recurrent layers "
@@ -200,7 +205,7 @@ class _Simulated:
         samples = Samples(
             plan.task,
             ready.data.train,
-            config.batch_size or plan.task.batch_size,
+            plan.batch_size,
             num_workers,
             seed=config.seed,
             course=plan.course,
@@ -233,6 +238,7 @@ class _Simulated:
             samples,
             mode=plan.config.gradient,
             clip=clip,
+            num_chunks=plan.num_chunks,
             local=plan.local,
         )
 

@@ -82,6 +82,11 @@ class AsyncTrainer:
             shards=shards,
         )
         self._reach = reach or Reach()
+        if self._reach.guests and self.config.adaptive_batch is not None:
+            raise ValueError(
+                "adaptive_batch goes by the noise that workers measure, and guests push gradients "
+                "without it: leave out guests or adaptive_batch"
+            )
         self.progress = progress
 
     def fit(self) -> Result:

@@ -40,6 +40,7 @@ def applied_pushes(record: Record) -> Columns | None:
         "worker": pushes["worker"],
         "staleness": pushes["staleness"],
         "loss": pushes["loss"],
+        "samples": pushes["samples"],
         **{name: pushes[name] for name in MEASURES if name in pushes},
     }
 
@@ -49,10 +50,20 @@ def curves(record: Record) -> Iterator[tuple[str, Columns, str]]:
     train = applied_pushes(record) or _logged(record, "train", "loss")
     if len(train["loss"]):
         yield "train loss", train, "loss"
+    if record.config.get("adaptive_batch") is not None:
+        yield "train batch size", *_batch_sizes(record)
     lines = (line for line in record.metrics if line.get("kind") == "test")
     names = dict.fromkeys(name for line in lines for name in line if name not in NOT_METRICS)
     for name in sorted(names, key=lambda name: name != "loss"):
         yield metric_label(name), _logged(record, "test", name), name
+
+
+def _batch_sizes(record: Record) -> tuple[Columns, str]:
+    """Return the samples of each push, or of a worker's batch as it was logged; and the key."""
+    pushes = applied_pushes(record)
+    if pushes is not None:
+        return pushes, "samples"
+    return _logged(record, "train", "batch_size"), "batch_size"
 
 
 def counters(record: Record) -> Columns | None:

@@ -15,6 +15,7 @@ from async_sgd.delays import DELAYS
 from async_sgd.rules import RULES
 from deploy.flags import Parser, UsageError, spell_value
 from paramserver.averaging import AVERAGES
+from paramserver.batch_sizes import ADAPTIVE_BATCHES
 from paramserver.clipping import CLIPS
 from paramserver.optimizers import OPTIMIZERS
 from paramserver.registry import Entry, Registry
@@ -36,6 +37,7 @@ KINDS: Mapping[str, Registry[Any]] = {
     "locals": LOCALS,
     "delays": DELAYS,
     "averages": AVERAGES,
+    "batches": ADAPTIVE_BATCHES,
     "schedules": SCHEDULES,
     "clips": CLIPS,
     "stoppings": STOPPINGS,

@@ -20,6 +20,7 @@ from deploy.flags import UsageError, spell
 from deploy.outcome import outcome
 from deploy.progress import Progress
 from paramserver.averaging import AVERAGES, Average
+from paramserver.batch_sizes import ADAPTIVE_BATCHES, AdaptiveBatch
 from paramserver.clipping import CLIPS, Clip
 from paramserver.compensation import Compensation
 from paramserver.errors import ParamServerError, RunFailedError
@@ -48,6 +49,7 @@ DEFAULT_EPOCHS = 25.0
 PLUGINS: Mapping[object, Registry[Any]] = {
     TaskSpec: TASKS,
     AnyOptimizer: OPTIMIZERS,
+    AdaptiveBatch: ADAPTIVE_BATCHES,
     Average: AVERAGES,
     RuleSpec: RULES,
     Damping: DAMPINGS,

@@ -27,6 +27,8 @@ class Reading:
     """The vector a round program's product is taken with, one piece a shard; else empty."""
     text: str = ""
     """What a round program asks for; else empty."""
+    samples: int = 0
+    """Samples of the next gradient; 0 if the run does not change their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,18 +157,20 @@ class Client:
         samples: int = 1,
         layer: str = "",
         keeps: bool = False,
+        noise: float = 0.0,
     ) -> None:
         """Do the first half of `push`: send. Until `end_push` neither slots nor reading are valid.
 
         The shard works meanwhile, and the worker can get its next batch ready. With ``keeps`` the
         worker will not take over what it reads then: its next push is of the same read as this one,
-        whose version `end_push` returns once more.
+        whose version `end_push` returns once more. ``noise`` is what the batch says of tr(S), where
+        the server sizes the batches by it.
         """
         self._seq += 1
         self._push = Message(
             Kind.PUSH, worker=self.worker, incarnation=self.incarnation, seq=self._seq,
             clock=self.clock + 1, read_version=self._version, samples=samples, loss=loss, norm=norm,
-            text=layer, step=int(keeps),
+            text=layer, step=int(keeps), noise=noise,
         )  # fmt: skip
         self._send_push()
 
@@ -274,6 +278,7 @@ class Client:
             tuple(connection.buffers[granted.buffer] for connection, granted in both),
             tuple(connection.buffers[g.vector] for connection, g in both if g.vector >= 0),
             message.text,
+            message.samples,
         )
 
     def _grants(self, granted: Message) -> list[Message]:

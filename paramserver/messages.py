@@ -30,7 +30,7 @@ from torch import Tensor
 from paramserver import errors
 from paramserver.errors import ParamServerError, ProtocolError
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of this protocol; both sides must have the same."""
 
 
@@ -88,6 +88,8 @@ class Message(NamedTuple):
     read_version: int = 0
     staleness: int = 0
     samples: int = 0
+    """Of a push: those of its gradient. Of `Action.READ` and a grant: those of the next one; 0 if
+    the run does not change their number."""
     buffer: int = 0
     """Which snapshot buffer was leased."""
     vector: int = -1
@@ -100,9 +102,11 @@ class Message(NamedTuple):
     norm: float = 0.0
     """2-norm of the whole gradient."""
     text: str = ""
+    noise: float = 0.0
+    """Estimate of tr(S), S the covariance of one sample's gradient, where batches follow it."""
 
 
-_HEADER: Final = struct.Struct("<BBHii qqqqq iiii ddd")
+_HEADER: Final = struct.Struct("<BBHii qqqqq iiii dddd")
 MAX_BYTES: Final = 65536
 """Largest message, text included; a Gram matrix of 75 vectors fits in one."""
 
@@ -113,6 +117,7 @@ def encode(m: Message) -> bytes:
         m.kind, m.action, VERSION, m.worker, m.incarnation,
         m.seq, m.clock, m.version, m.read_version, m.staleness,
         m.samples, m.buffer, m.vector, m.step, m.scale, m.loss, m.norm,
+        m.noise,
     )  # fmt: skip
     return head + m.text.encode()[: MAX_BYTES - _HEADER.size] if m.text else head
 
@@ -128,7 +133,7 @@ def decode(data: bytes | memoryview) -> Message:
         raise ProtocolError(f"a message of {len(data)} bytes is cut short")
     (
         kind, action, protocol, worker, incarnation, seq, clock, version, read_version, staleness,
-        samples, buffer, vector, step, scale, loss, norm,
+        samples, buffer, vector, step, scale, loss, norm, noise,
     ) = _HEADER.unpack_from(data)  # fmt: skip
     if protocol != VERSION:
         raise ProtocolError(f"the other side speaks protocol {protocol}, this one {VERSION}")
@@ -140,7 +145,7 @@ def decode(data: bytes | memoryview) -> Message:
         raise ProtocolError("the text of a message is not UTF-8") from error
     return Message(
         kind, action, worker, incarnation, seq, clock, version, read_version, staleness,
-        samples, buffer, vector, step, scale, loss, norm, text,
+        samples, buffer, vector, step, scale, loss, norm, text, noise,
     )  # fmt: skip
 
 

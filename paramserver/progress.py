@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from paramserver.batch_sizes import Averages
+
 _SPOILT, _SPOILT_A_WORKER = 100, 10
 """Gradients in a row that are not finite until there is no hope, and as many a worker."""
 
@@ -56,6 +58,8 @@ class Progress:
     """Samples of the accepted gradients."""
     workers: dict[int, dict[str, int]] = field(default_factory=dict)
     """Incarnation, seq and clock of each worker: the table retries are recognised by."""
+    averages: Averages = Averages()  # noqa: RUF009  # frozen
+    """What is known of the gradients' noise, where batches follow it."""
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from paramserver.batch_sizes import Averages, Sizer
 from paramserver.conservation import Conservation
 from paramserver.errors import (
     InvariantError,
@@ -17,6 +18,7 @@ from paramserver.errors import (
     ParamServerError,
     ProtocolError,
     StragglerTimeoutError,
+    TaskError,
 )
 from paramserver.ledger import Ledger, Move
 from paramserver.messages import Action, Kind, Message
@@ -42,6 +44,7 @@ class Sequencer:
         progress: Progress | None = None,
         ledger: Ledger | None = None,
         expected: int = 0,
+        sizer: Sizer | None = None,
     ) -> None:
         """Start at ``progress``, adding to ``ledger``; without them, at the beginning.
 
@@ -49,7 +52,8 @@ class Sequencer:
         points that are too far away.
 
         Nobody is granted a read before ``expected`` workers have joined: a rule that averages over
-        all of them would otherwise close its first round with those that came first.
+        all of them would otherwise close its first round with those that came first. ``sizer`` says
+        of how many samples each gradient is; without one workers know.
         """
         start = progress or Progress()
         self.version = start.version
@@ -70,7 +74,7 @@ class Sequencer:
         """Gradients that were cancelled."""
         self.counts = True
         """Whether what is accepted counts as gradients and samples; products do not."""
-        self.rule, self.damping = rule, damping
+        self.rule, self.damping, self.sizer = rule, damping, sizer
         self._budget = budget or Budget()
         self._expected = expected
         self._last = -1  # the worker that pushed last
@@ -91,7 +95,8 @@ class Sequencer:
             w: {"incarnation": s.incarnation, "seq": s.seq, "clock": s.clock}
             for w, s in sorted(self._workers.items())
         }
-        return Progress(self.version, self.gradients, self.samples, table)
+        averages = Averages() if self.sizer is None else self.sizer.averages
+        return Progress(self.version, self.gradients, self.samples, table, averages)
 
     def clock(self, worker: int) -> int:
         """Return how many iterations ``worker`` has ended, over all its incarnations."""
@@ -212,6 +217,7 @@ class Sequencer:
             self._record(m, state, push, now, scale, None)
             orders = [self._take(m, push, scale, verdict.step)]
             self._check(push)
+            self._learn(m)
         self._end_if_done()
         return orders + self._release(m.worker, now, [*self._cancel(now), m.worker])
 
@@ -303,6 +309,15 @@ class Sequencer:
             push.read_version, push.staleness, m.samples, 0, -1, int(step), scale, m.loss, m.norm,
         )  # fmt: skip
 
+    def _learn(self, m: Message) -> None:
+        """Let the next batches follow what an accepted push says of the noise."""
+        if self.sizer is None:
+            return
+        try:
+            self.sizer.add(m.noise, m.loss)
+        except TaskError as error:
+            self.fail(error)
+
     def _bump(self) -> None:
         self.version += 1
         self.conservation.on_bump(self.version)
@@ -370,7 +385,13 @@ class Sequencer:
             state.read_at = now
             order = self._order(Action.READ, worker, state.seq)
             # A slow follower may carry it out when the worker has been replaced, who is told then.
-            orders.append(order._replace(incarnation=state.incarnation, step=int(was_cancelled)))
+            orders.append(
+                order._replace(
+                    incarnation=state.incarnation,
+                    samples=0 if self.sizer is None else self.sizer.size(self.version),
+                    step=int(was_cancelled),
+                )
+            )
         return orders
 
     def _order(self, action: Action, worker: int, seq: int = 0) -> Message:

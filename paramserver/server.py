@@ -50,7 +50,8 @@ def grant(order: Message, lease: Lease, text: str = "") -> Message:
     """Return the message that tells a reader what ``order`` leased to it."""
     return Message(
         Kind.GRANT, worker=order.worker, incarnation=order.incarnation, seq=order.seq,
-        version=lease.version, buffer=lease.buffer, vector=lease.vector, step=order.step, text=text,
+        version=lease.version, samples=order.samples, buffer=lease.buffer, vector=lease.vector,
+        step=order.step, text=text,
     )  # fmt: skip
 
 

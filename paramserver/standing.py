@@ -31,6 +31,8 @@ class Standing:
         losses = applied["loss"][~np.isnan(applied["loss"])]  # a product has none
         if len(losses):
             recent["loss"] = float(np.mean(losses))
+        if s.sizer is not None:
+            recent["batch_size"] = s.sizer.size(s.version)
         return {
             "updates": s.version,
             "gradients": s.gradients,

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from paramserver.batch_sizes import Averages
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -27,6 +29,8 @@ class Position:
     """Samples those gradients are made of."""
     spoilt: int = 0
     """Gradients that were left out, as some were not finite, since the last update."""
+    averages: Averages = Averages()  # noqa: RUF009  # frozen
+    """What is known of the gradients' noise, where batches follow it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class Status:
     """Gradients that were not used because one of their step was not finite."""
     waited_s: tuple[float, ...] = ()
     """By rank, the seconds all others together have waited for it as the last one."""
+    batch_size: int = 0
+    """Samples of a rank's next batch, where they follow the noise; else 0."""
 
     def figures(self) -> dict[str, Any]:
         """Return what is shown and recorded of a run."""
@@ -72,6 +78,7 @@ class Status:
             "samples": self.position.samples,
             "clock": self.position.clock,
             "waited_s": sum(self.waited_s),
+            **({"batch_size": self.batch_size} if self.batch_size else {}),
             "dropped": {"nonfinite": self.dropped} if self.dropped else {},
         }
 

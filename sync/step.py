@@ -57,6 +57,8 @@ class Report(NamedTuple):
     """Number of the latest save that is wanted; a new one is made after this step."""
     show: float = 0.0
     """1 if this rank wants a snapshot after this step."""
+    noise: float = 0.0
+    """Estimate of tr(S), S the covariance of one sample's gradient, if it is measured."""
 
 
 @dataclass(frozen=True, slots=True)

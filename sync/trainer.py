@@ -24,6 +24,7 @@ import ray
 import torch
 
 from paramserver.averaged_state import averaged, check_average
+from paramserver.batch_sizes import Averages, largest
 from paramserver.checkpoint import Checkpoint, gather_state
 from paramserver.errors import (
     CheckpointError,
@@ -48,7 +49,7 @@ from workers.config import RunConfig
 from workers.curriculum import Course
 from workers.examiner import Examined
 from workers.packing import pack
-from workers.programs import check_config, check_recurrent, check_samples
+from workers.programs import check_adaptive, check_config, check_recurrent, check_samples
 from workers.reservation import Places
 from workers.run import Run
 from workers.session import ray_session
@@ -115,6 +116,12 @@ class SyncTrainer:
         """Raise ValueError for what a round program cannot be combined with."""
         name = OPTIMIZERS.name_of(self.optimizer)
         check_recurrent(self.task, self.config, None if self.program is None else name)
+        check_adaptive(self.task, self.config, self.optimizer, name)
+        if self.config.adaptive_batch is not None and self.reduce != "mean":
+            raise ValueError(
+                f"adaptive_batch goes by the rate of a mean gradient, and reduce={self.reduce} "
+                "makes steps longer by the number of workers: use reduce=mean"
+            )
         if self.program is None:
             return
         check_config(name, self.config)
@@ -166,12 +173,16 @@ class SyncTrainer:
         if self.program is None:  # a rank may have no piece of a sample, but never no batch
             last, num = c.workers - 1, c.workers
             batches_of(self.task, data.train, batch_size, seed=c.seed, worker=last, num_workers=num)
+        if c.adaptive_batch is not None:
+            largest(c.adaptive_batch, len(data.train) // c.workers)  # or it says why
         clips_own = c.clip is not None and c.clip.where == "worker"
         return Plan(
             layout=layout,
             optimizer=self.optimizer,
             seed=c.seed,
             batch_size=batch_size,
+            adaptive_batch=c.adaptive_batch,
+            num_owned=len(data.train) // c.workers,
             reduce=self.reduce,
             clip_own=c.clip if clips_own else None,
             clip_reduced=None if clips_own else c.clip,
@@ -401,6 +412,7 @@ class _Driver:
                 "gradients": position.gradients,
                 "samples": position.samples,
                 "rounds": None if self._t.program is None else position.version,
+                "averages": position.averages.state(),
             },
         )
 
@@ -414,4 +426,5 @@ def _position(checkpoint: Checkpoint) -> Position:
         clock=max(clocks, default=0),
         gradients=int(checkpoint.extra.get("gradients", 0)),
         samples=int(checkpoint.extra.get("samples", 0)),
+        averages=Averages.of(checkpoint.extra.get("averages")),
     )

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from paramserver.averaging import Average
+from paramserver.batch_sizes import AdaptiveBatch, Rate, Sizer, largest
 from paramserver.clipping import Clip
 from paramserver.errors import NonFiniteGradientError
 from paramserver.groups import Group
@@ -48,7 +49,10 @@ class Plan:
     """A push rule, which `Trainee` runs, or a round program, which `sync.rounds` does."""
     seed: int
     batch_size: int
-    """Samples in one rank's batch."""
+    """Samples in one rank's batch, the first one if their number follows the noise."""
+    adaptive_batch: AdaptiveBatch | None = None
+    num_owned: int = 0
+    """Samples that a rank owns, at least; a batch that follows the noise is no larger."""
     reduce: Reduce = "mean"
     clip_own: Clip | None = None
     """Applied by each rank to its own gradient."""
@@ -127,6 +131,7 @@ class Trainee:
         )
         self._bound = BoundModel(model, plan.layout, [range(plan.layout.numel)])
         self._bound.read([collective.params])
+        adaptive, self._sizer = plan.adaptive_batch, self._sized()
         self._compute = Estimator(
             plan.gradient,
             task,
@@ -135,11 +140,12 @@ class Trainee:
             [collective.grad],
             seed=plan.seed,
             clip=plan.clip_own,
+            num_chunks=1 if adaptive is None else adaptive.chunks,
         )
         self._batches = batches_of(
             task,
             examples,
-            plan.batch_size,
+            plan.batch_size if adaptive is None else largest(adaptive, plan.num_owned),
             seed=plan.seed,
             worker=collective.rank,
             num_workers=collective.world,
@@ -172,6 +178,8 @@ class Trainee:
             self._stepper.restore(rule, scheduler)
         self._stepper.show()
         self._position = position
+        if self._sizer is not None:
+            self._sizer.averages = position.averages
 
     def train(self, desk: Desk) -> Finished:
         """Train until the budget is used up or the driver ends the run.
@@ -216,10 +224,12 @@ class Trainee:
         start = time.perf_counter()
         clock = self._position.clock
         seed_step(self._plan.seed, self._collective.rank, clock)
-        batch = self._batches.read(self._examples, clock, self._position.version)
+        version, sizer = self._position.version, self._sizer
+        size = None if sizer is None else sizer.size(version)
+        batch = self._batches.read(self._examples, clock, version, size)
         done = self._compute(batch, self._collective.rank, clock, self._carried())
         return Report(
-            samples=self._batches.batch_size,
+            samples=size or self._batches.batch_size,
             loss=done.loss,
             norm=done.norm,
             seconds=time.perf_counter() - start,
@@ -227,6 +237,20 @@ class Trainee:
             stop=desk.stop,
             save=desk.save,
             show=desk.show.is_set(),
+            noise=done.noise,
+        )
+
+    def _sized(self) -> Sizer | None:
+        """Return what sizes the batches, the same on every rank; None if nothing does."""
+        plan = self._plan
+        if plan.adaptive_batch is None:
+            return None
+        return Sizer(
+            plan.adaptive_batch,
+            Rate(cast(Optimizer, plan.optimizer), plan.schedule),
+            first=plan.batch_size,
+            owned=plan.num_owned,
+            num_sharing=self._collective.world,
         )
 
     def _carried(self) -> Carried | None:
@@ -253,16 +277,21 @@ class Trainee:
             spoilt = was.spoilt + len(reports)
             self._position = replace(was, clock=was.clock + 1, spoilt=spoilt)
             dropped = status.dropped + len(reports)
-            return Status(self._position, status.loss_sum, dropped, waited_s)
+            return Status(self._position, status.loss_sum, dropped, waited_s, status.batch_size)
         samples = sum(r.samples for r in reports)
+        loss = sum(r.loss * r.samples for r in reports) / samples
+        size = 0
+        if self._sizer is not None:
+            self._sizer.add(sum(r.noise for r in reports) / len(reports), loss)
+            size = self._sizer.size(was.version + 1)
         self._position = Position(
             was.version + 1,
             was.clock + 1,
             was.gradients + len(reports),
             was.samples + int(samples),
+            averages=was.averages if self._sizer is None else self._sizer.averages,
         )
-        loss = sum(r.loss * r.samples for r in reports) / samples
-        return Status(self._position, status.loss_sum + loss, status.dropped, waited_s)
+        return Status(self._position, status.loss_sum + loss, status.dropped, waited_s, size)
 
     def _show(self, desk: Desk, is_wanted: bool) -> None:
         """Bring the average of the parameters together where a rank wants them, or themselves."""

@@ -147,6 +147,7 @@ class Worker:
         local: Local | None = None,
         course: Course | None = None,
         *,
+        num_chunks: int = 1,
         looks: bool = False,
     ) -> Finished:
         """Train until the run has ended; see `workers.loop.train`."""
@@ -171,6 +172,7 @@ class Worker:
                 seed=self._seed,
                 gradient=gradient,
                 clip=clip,
+                num_chunks=num_chunks,
                 local=local,
                 looks=looks,
             )

@@ -76,30 +76,35 @@ class Batches:
         """Whether a batch depends on the version it is for; if not, it may be read ahead."""
         return self._lessons is not None
 
-    def indices(self, clock: int, version: int = 0) -> Tensor:
+    def indices(self, clock: int, version: int = 0, size: int | None = None) -> Tensor:
         """Return the samples of the batch at ``clock``, int64, shape ``(batch_size,)``; read them.
 
         Any clock may be asked for, in any order; going on to the next one is cheap. A batch that
         reaches over the end of a pass, or is larger than the part, goes on with the next pass.
-        ``version`` is that of the parameters the batch is for: a curriculum goes by it.
+        ``version`` is that of the parameters the batch is for: a curriculum goes by it. With
+        ``size`` it is the first so many samples of the batch, so no other clock's depend on it.
         """
         if clock < 0:
             raise ValueError(f"clock must be 0 or more, got {clock}")
+        if size is not None and not 1 <= size <= self.batch_size:
+            raise ValueError(f"size must be 1 to {self.batch_size} samples, got {size}")
         start = clock * self.batch_size
-        stop = start + self.batch_size
-        size = len(self.part) * self._num_passes
+        stop = start + (self.batch_size if size is None else size)
+        length = len(self.part) * self._num_passes
         pieces = []
         while start < stop:
-            number, offset = divmod(start, size)
+            number, offset = divmod(start, length)
             piece = self._passes(number)[offset : offset + stop - start]
             pieces.append(piece)
             start += len(piece)
         drawn = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return drawn if self._lessons is None else self._lessons.drawn(drawn, version)
 
-    def read(self, examples: Examples, clock: int, version: int = 0) -> Batch:
+    def read(
+        self, examples: Examples, clock: int, version: int = 0, size: int | None = None
+    ) -> Batch:
         """Return the batch of ``examples`` at ``clock``, for ``version``; see `indices`."""
-        return examples.batch(self.indices(clock, version))
+        return examples.batch(self.indices(clock, version, size))
 
     def _passes(self, block: int) -> Tensor:
         """Return the orders of all passes of a block, one after the other."""

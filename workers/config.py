@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from paramserver.averaging import Average
+from paramserver.batch_sizes import AdaptiveBatch
 from paramserver.clipping import Clip
 from paramserver.groups import Group
 from paramserver.schedules import Schedule
@@ -36,6 +37,10 @@ class RunConfig(Placement):
 
     batch_size: int | None = None
     """Samples in one worker's batch; None takes the task's."""
+
+    adaptive_batch: AdaptiveBatch | None = None
+    """Lets the number of samples follow the gradients' noise, the learning rate and the loss, from
+    batch_size on; None keeps it."""
 
     epochs: float | None = None
     """Passes through the training data, counted over all workers, after which the run ends."""

@@ -14,6 +14,7 @@ from workers.examples import Batch
 from workers.forward import ForwardGradient
 from workers.gradients import BoundModel
 from workers.recurrent import Carried
+from workers.spread import ChunkedGradient
 from workers.task import Task, user_code
 from workers.windows import Window
 
@@ -36,6 +37,8 @@ class Estimated:
     """Batches it took: several where a worker takes steps of its own."""
     keeps: bool = False
     """Whether the worker will not take over what it reads next, but go on where it is."""
+    noise: float = 0.0
+    """Estimate of tr(S), S the covariance of one sample's gradient, if it was measured."""
 
 
 class Estimator:
@@ -51,6 +54,7 @@ class Estimator:
         *,
         seed: int,
         clip: Clip | None = None,
+        num_chunks: int = 1,
         look: Callable[[], None] | None = None,
     ) -> None:
         """Compute gradients of the loss of ``task``.
@@ -63,6 +67,7 @@ class Estimator:
             slots: Where gradients go, one vector a shard.
             seed: Of the run.
             clip: Applied to each gradient.
+            num_chunks: Parts of a batch whose spread tells the noise; 1 does not measure it.
             look: Called between forward and backward, to raise an error that ends both.
 
         Raises:
@@ -72,6 +77,9 @@ class Estimator:
         self._seed, self._look = seed, look
         self._forward: ForwardGradient | None = None
         bound.write_gradients_to(slots)  # it looks at what forward mode writes there, too
+        self._in_chunks: ChunkedGradient | None = None
+        if num_chunks > 1:
+            self._in_chunks = ChunkedGradient(task, bound, slots, num_chunks, look)
         if mode == "reverse":
             return
         directions = 1 if mode == "random" else None
@@ -89,9 +97,12 @@ class Estimator:
         from the state in ``carried``, and leaves the next one there; none if the loss or the
         gradient is not finite.
         """
+        noise = 0.0
         if isinstance(batch, Window):
             assert carried is not None, "a recurrent task's workers carry a state"
             loss, norm = self._unroll(batch, clock, carried)
+        elif self._in_chunks is not None:
+            loss, norm, noise = self._in_chunks(batch)
         else:
             loss, norm = self._compute(batch, worker, clock)
         if not (math.isfinite(norm) and math.isfinite(loss)):
@@ -101,7 +112,7 @@ class Estimator:
         if self._clip is not None:
             for slot in self._slots:
                 self._clip.apply_(slot, norm)
-        return Estimated(loss, norm)
+        return Estimated(loss, norm, noise=noise)
 
     def _compute(self, batch: Batch, worker: int, clock: int) -> tuple[float, float]:
         if self._forward is not None:

@@ -62,6 +62,7 @@ def train(
     seed: int,
     gradient: GradientMode = "reverse",
     clip: Clip | None = None,
+    num_chunks: int = 1,
     local: Local | None = None,
     looks: bool = False,
     before_push: Callable[[int], None] | None = None,
@@ -79,6 +80,7 @@ def train(
         seed: Of the run; seeds what is random in each step.
         gradient: How it is computed.
         clip: Applied to each gradient before it is pushed.
+        num_chunks: Parts of a batch whose spread tells the noise; 1 does not measure it.
         local: Steps of the worker's own between a read and a push; None pushes each gradient.
         looks: Whether the rule may cancel what the worker computes, and it looks whether it has.
         before_push: Called with the clock before each push; for faults and tests.
@@ -96,22 +98,31 @@ def train(
 
     between = look if looks else None
     compute = Estimator(
-        gradient, task, bound, cuts, client.slots, seed=seed, clip=clip, look=between
+        gradient,
+        task,
+        bound,
+        cuts,
+        client.slots,
+        seed=seed,
+        clip=clip,
+        num_chunks=num_chunks,
+        look=between,
     )
     work = Work(compute, bound, client.slots, look=between)
     kept = Kept.at_first(task, None if local is None else local.build)
     model.train()
 
-    def prepare(step: int, version: int) -> Given:
+    def prepare(step: int, version: int, size: int | None) -> Given:
         """Seed torch for a step from ``version``, and return what is read at it."""
         seed_step(seed, client.worker, step)
-        return batches.read(examples, step, version)
+        return batches.read(examples, step, version, size)
 
     reading = client.first_read()
     steps = steps_of(local, client.worker, client.clock)
     batch: Given | None = None
     while not isinstance(reading, Ended):
-        read_at = functools.partial(prepare, version=reading.version)
+        size = reading.samples or None
+        read_at = functools.partial(prepare, version=reading.version, size=size)
         batch = batch or read_at(steps.start)
         try:
             done = work(kept, reading.params, client.worker, steps, batch, read_at)
@@ -125,12 +136,14 @@ def train(
         client.begin_push(
             loss=done.loss,
             norm=done.norm,
-            samples=done.steps * batches.batch_size,
+            samples=done.steps * (size or batches.batch_size),
             layer=done.layer,
             keeps=done.keeps,
+            noise=done.noise,
         )
         steps = steps_of(local, client.worker, client.clock + 1)
         # While the shard works, unless what is to be read depends on what comes of it.
-        batch = None if batches.follows_version else prepare(steps.start, reading.version)
+        depends = batches.follows_version or size is not None
+        batch = None if depends else prepare(steps.start, reading.version, None)
         reading = client.end_push()
     return Finished(reading.reason, client.clock)

@@ -1,10 +1,11 @@
-"""What round programs and recurrent tasks cannot be combined with, in either mode."""
+"""What round programs, recurrent tasks and adaptive batches cannot be combined with."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
+from paramserver.optimizers import SGD, AnyOptimizer, Momentum, Nesterov
 from workers.config import RunConfig
 from workers.task import Task
 
@@ -48,6 +49,36 @@ def check_recurrent(task: Task, config: RunConfig, program: str | None) -> None:
             f"{program} is a round program, answered on windows of task {task.name} in any order, "
             "to which no state can be carried: use reset=pull and no k2, or a push rule"
         )
+
+
+def check_adaptive(task: Task, config: RunConfig, optimizer: AnyOptimizer, name: str) -> None:
+    """Raise ValueError for what an adaptive batch cannot be combined with, in either mode.
+
+    ``name`` is the optimizer's; ``task`` has the groups it is trained with.
+    """
+    if config.adaptive_batch is None:
+        return
+    if not isinstance(optimizer, SGD | Momentum | Nesterov):
+        raise ValueError(
+            f"adaptive_batch goes by a step that is the rate times the gradient, which that of "
+            f"{name} is not: use sgd, momentum or nesterov"
+        )
+    if task.recurrent is not None:
+        raise ValueError(
+            f"task {task.name} reads streams side by side, each with a state of its own, and "
+            "adaptive_batch would draw more or fewer of them: leave it out"
+        )
+    if config.gradient != "reverse":
+        raise ValueError(
+            "adaptive_batch measures the noise of samples by the gradients of parts of a batch, "
+            f"and those of gradient={config.gradient} differ by more: use gradient=reverse"
+        )
+    for group in task.groups:
+        if group.lr_factor != 1 or group.schedule is not None:
+            raise ValueError(
+                f"group {group.name} has a learning rate of its own, and adaptive_batch goes by "
+                "one for all parameters: leave out lr_factor and schedule of the group"
+            )
 
 
 def check_samples(name: str, spec: Any, num_train: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from paramserver.averaging import AVERAGES
+from paramserver.batch_sizes import ADAPTIVE_BATCHES
 from paramserver.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from paramserver.clipping import CLIPS
 from paramserver.groups import GROUPS
@@ -33,8 +34,12 @@ logger = logging.getLogger(__name__)
 _TRAIN_LINE_S = 1.0
 """Seconds between two lines of training figures in metrics.jsonl."""
 
+_FIGURES = ("loss", "staleness_mean", "staleness_max", "batch_size")
+"""What such a line holds of a status, where there is such a thing."""
+
 
 _PLUGINS: Mapping[str, Registry[Any]] = {
+    "adaptive_batch": ADAPTIVE_BATCHES,
     "average": AVERAGES,
     "clip": CLIPS,
     "curriculum": PACINGS,
@@ -192,7 +197,7 @@ class Run:
         updates, before = self._counts
         rate = (status["updates"] - updates) / max(now - before, 1e-9) if before else 0.0
         figures = {
-            **{k: status[k] for k in ("loss", "staleness_mean", "staleness_max") if k in status},
+            **{k: status[k] for k in _FIGURES if k in status},
             "updates_per_s": rate,
         }
         if now - self._last_line >= _TRAIN_LINE_S and "loss" in status:

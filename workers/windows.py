@@ -160,8 +160,11 @@ class Windows:
         """Whether a window depends on the version it is for; it never does."""
         return False
 
-    def read(self, examples: Examples, clock: int, version: int = 0) -> Window:
+    def read(
+        self, examples: Examples, clock: int, version: int = 0, size: int | None = None
+    ) -> Window:
         """Return the window of ``examples``, a `Series`, at ``clock``, whatever the version."""
+        assert size is None, "check_adaptive refuses windows of another number of streams"
         series, span = cast(Series, examples), self.span(clock)
         return Window(series.read(self.starts + span.start, span.steps), span)
 
