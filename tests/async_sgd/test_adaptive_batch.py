@@ -70,8 +70,8 @@ def test_batches_grow_as_the_loss_falls(tmp_path: Path) -> None:
 
 
 def test_a_batch_goes_by_the_rate_that_is_scheduled(tmp_path: Path) -> None:
-    config = {"adaptive_batch": CABS(most=400, decay=0.9), "schedule": Step(every=40, gamma=0.5)}
-    simulated(tmp_path / "run", workers=1, optimizer=SGD(lr=0.1), updates=41, **config)
+    config = {"adaptive_batch": CABS(least=2, most=400), "schedule": Step(every=40, gamma=0.5)}
+    simulated(tmp_path / "run", workers=1, optimizer=SGD(lr=0.2), updates=41, **config)
 
     sizes = columns(tmp_path / "run")["samples"]
     assert sizes[40] / sizes[39] == pytest.approx(0.5, abs=0.1)

@@ -64,6 +64,19 @@ def test_metrics_come_loss_first_and_null_is_nan() -> None:
     assert np.array_equal(columns["accuracy"], [0.5, np.nan], equal_nan=True)
 
 
+def test_the_batch_size_is_a_curve_where_it_follows_the_noise() -> None:
+    line = {"kind": "train", "gradients": 1, "updates": 1, "seconds": 1.0, "batch_size": 20}
+    config = {"adaptive_batch": {"name": "cabs"}}
+    pushes = [{"samples": 16}, {"samples": 24}]
+
+    _, (label, of_pushes, key) = curves(make_record(pushes, config=config))
+    ((_, logged, other),) = curves(make_record([], config=config, metrics=[line]))
+
+    assert label == "train batch size"
+    assert of_pushes[key].tolist() == [16, 24]
+    assert logged[other].tolist() == [20]
+
+
 def test_staleness_is_counted_from_the_ledger_where_the_result_is_missing() -> None:
     pushes = [{"staleness": 0}, {"staleness": 2}, {"staleness": 2}]
     summed_up = {"staleness": {"histogram": {"7": 3}}}

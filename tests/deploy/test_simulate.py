@@ -78,6 +78,20 @@ def test_many_seeds_are_the_runs_of_each_seed_and_are_made_once(
     assert "3 of 4 are there already" in capsys.readouterr().err
 
 
+def test_batches_follow_the_noise_and_the_page_shows_them(tmp_path: Path) -> None:
+    out, file = tmp_path / "run", tmp_path / "run.toml"
+    file.write_text('adaptive_batch = {name = "cabs", least = 4}\n')
+
+    code = simulate(out, "--optimizer", "sgd:lr=0.5", "--config", str(file))
+
+    config = record(out)["config"]
+    assert isinstance(config, dict)
+    assert code == 0
+    assert config["adaptive_batch"]["least"] == 4
+    assert "batch size" in (out / "report.html").read_text()
+    assert main(["replay", str(out)]) == 0
+
+
 def test_a_recorded_run_is_simulated_with_delays_like_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ MESSAGES = st.builds(
     loss=FLOAT,
     norm=FLOAT,
     text=st.text(max_size=100),
+    noise=FLOAT,
 )
 
 
