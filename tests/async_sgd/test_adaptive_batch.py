@@ -139,7 +139,7 @@ def test_epochs_count_the_samples_that_were_drawn(tmp_path: Path) -> None:
 def test_the_record_says_how_it_was_asked_for(tmp_path: Path) -> None:
     result = simulated(tmp_path / "run", updates=5)
 
-    asked = {"name": "cabs", "least": 4, "most": 90, "decay": 0.9, "chunks": 4}
+    asked = {"name": "cabs", "least": 4, "most": 90, "decay": 0.9, "chunks": 2}
     assert result.record["config"]["adaptive_batch"] == asked
     averages = load_checkpoint(tmp_path / "run" / "checkpoint").extra["averages"]
     assert averages["weight"] == pytest.approx(1 - 0.9**5)

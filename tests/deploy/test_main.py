@@ -500,8 +500,8 @@ def test_what_does_not_exist_is_one_line_and_exits_with_2(
         ),
         (
             "worker = 3",
-            "run.toml: there is no key 'worker'; did you mean workers? (there are address, "
-            "average, batch_size, ",
+            "run.toml: there is no key 'worker'; did you mean workers? (there are "
+            "adaptive_batch, address, average, batch_size, ",
         ),
         ("config = 'b.toml'", "run.toml: there is no key 'config' (there are "),
     ],

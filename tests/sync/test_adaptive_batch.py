@@ -20,7 +20,7 @@ from tests.support.ranks import KINDS, Kind, group, results
 from workers.config import RunConfig
 from workers.task import Task, build_data, build_model
 
-SPEC = CABS(least=4, most=90, decay=0.9)
+SPEC = CABS(least=4, most=90, decay=0.9, chunks=4)
 
 
 def trained(
