@@ -73,8 +73,8 @@ class CABS:
     """Weight that the averages of noise and loss keep at each gradient, 0 to below 1."""
 
     chunks: int = 2
-    """Parts of a batch whose gradients' spread tells the noise, 2 or more. On digits, batches of 32,
-    the average noise is off by 5 % with 2 and by 3 % with 4, which take twice as long."""
+    """Parts of a batch whose gradients' spread tells the noise, 2 or more. On digits in batches of
+    32 the average noise is off by 5 % with 2, and by 3 % with 4, which take twice as long."""
 
     def __post_init__(self) -> None:
         if self.least < 2:
