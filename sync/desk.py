@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from paramserver.batch_sizes import Averages
+from paramserver.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,19 @@ class Position:
     """Gradients that were left out, as some were not finite, since the last update."""
     averages: Averages = Averages()  # noqa: RUF009  # frozen
     """What is known of the gradients' noise, where batches follow it."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Position:
+        """Return where the run of ``checkpoint`` stands, also of an asynchronous one."""
+        clocks = [table["clock"] for table in checkpoint.workers.values()]
+        rounds = checkpoint.extra.get("rounds")  # asynchronous versions count requests as well
+        return cls(
+            version=checkpoint.version if rounds is None else int(rounds),
+            clock=max(clocks, default=0),
+            gradients=int(checkpoint.extra.get("gradients", 0)),
+            samples=int(checkpoint.extra.get("samples", 0)),
+            averages=Averages.of(checkpoint.extra.get("averages")),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ import ray
 import torch
 
 from paramserver.averaged_state import averaged, check_average
-from paramserver.batch_sizes import Averages, largest
+from paramserver.batch_sizes import largest
 from paramserver.checkpoint import Checkpoint, gather_state
 from paramserver.errors import (
     CheckpointError,
@@ -229,7 +229,7 @@ class _Driver:
             wait_timeout_s=self._config.wait_timeout_s,
             call_timeout_s=self._config.call_timeout_s,
         )
-        self._status = Status(_position(start)).figures()
+        self._status = Status(Position.of(start)).figures()
         self._summary: dict[str, Any] = {}
         self._states: StalenessStats | None = None  # how stale those were that rank 0 carried
         self._ending: str | None = None  # why the driver wants the run to end
@@ -285,7 +285,7 @@ class _Driver:
         for who in [f"rank {rank}" for rank in came.ranks] or ["a connection between ranks"]:
             self._lost(who + with_it)
         if self._ending is not None:
-            self._finish(self._ending, self._latest, Status(_position(self._latest)))
+            self._finish(self._ending, self._latest, Status(Position.of(self._latest)))
             return True
         self._crew.replace(came.ranks)
         self._form()
@@ -295,7 +295,7 @@ class _Driver:
         """Form a group of all ranks, which goes on from the latest checkpoint."""
         while True:
             try:
-                self._crew.form(self._plan, self._latest, _position(self._latest))
+                self._crew.form(self._plan, self._latest, Position.of(self._latest))
             except ray.exceptions.RayActorError:
                 for rank in self._crew.replace_dead():
                     self._lost(f"rank {rank}")
@@ -376,7 +376,7 @@ class _Driver:
             logger.debug("the ranks broke", exc_info=True)  # known: it is why the run is ended
         parts = self._crew.parts(0)
         checkpoint = self._latest if parts is None else self._joined(parts)
-        return checkpoint, Status(_position(checkpoint))
+        return checkpoint, Status(Position.of(checkpoint))
 
     def _tell_end(self, status: Status) -> None:
         """Set the figures the record ends with."""
@@ -415,16 +415,3 @@ class _Driver:
                 "averages": position.averages.state(),
             },
         )
-
-
-def _position(checkpoint: Checkpoint) -> Position:
-    """Return where the run of ``checkpoint`` stands, also of an asynchronous one."""
-    clocks = [table["clock"] for table in checkpoint.workers.values()]
-    rounds = checkpoint.extra.get("rounds")  # asynchronous versions count requests as well
-    return Position(
-        version=checkpoint.version if rounds is None else int(rounds),
-        clock=max(clocks, default=0),
-        gradients=int(checkpoint.extra.get("gradients", 0)),
-        samples=int(checkpoint.extra.get("samples", 0)),
-        averages=Averages.of(checkpoint.extra.get("averages")),
-    )

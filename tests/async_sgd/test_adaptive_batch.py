@@ -18,6 +18,7 @@ from paramserver.batch_sizes import CABS
 from paramserver.checkpoint import load_checkpoint
 from paramserver.ledger import Ledger
 from paramserver.optimizers import OPTIMIZERS, SGD
+from paramserver.reach import Reach
 from paramserver.record import Result
 from paramserver.schedules import Step
 from tests.support.noisy_bowl import DIM, NUM_EXAMPLES, TASK, noise, plain
@@ -172,3 +173,8 @@ def test_jobs_side_by_side_are_refused() -> None:
 def test_workers_that_own_too_few_samples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^adaptive_batch: least=16 is more than the 13 samples"):
         simulated(tmp_path / "run", workers=30, adaptive_batch=CABS())
+
+
+def test_guests_who_measure_no_noise_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^adaptive_batch goes by the noise that workers measure"):
+        AsyncTrainer(TASK, SGD(), RunConfig(adaptive_batch=SPEC), reach=Reach(guests=1))
