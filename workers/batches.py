@@ -7,7 +7,8 @@
 
 So a worker sees each of its samples once a pass, and a batch depends on (seed, worker, clock)
 alone: a worker that takes over at any clock reads what the lost one would have read. Under a
-curriculum it depends on the version as well; see `workers.curriculum`.
+curriculum it depends on the version as well; see `workers.curriculum`. Where the number of samples
+follows the noise, batch_size is the largest, and of each batch the first so many are read.
 """
 
 from __future__ import annotations

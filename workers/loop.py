@@ -6,10 +6,10 @@ worker looks for that
     read --- forward --- backward --- push
                      ^            ^         and between local steps
 
-and begins the same step anew, on the same samples unless a curriculum has gone on since. A backward
-pass, and a gradient by forward mode, is not interrupted; it is thrown away when it is done. A push
-that was on its way when its read was cancelled is dropped as ``cancelled``, and answered by one
-more read.
+and begins the same step anew, on the same samples unless a curriculum has gone on since, or on more
+or fewer of them if their number follows the noise. A backward pass, and a gradient by forward mode,
+is not interrupted; it is thrown away when it is done. A push that was on its way when its read was
+cancelled is dropped as ``cancelled``, and answered by one more read.
 """
 
 from __future__ import annotations

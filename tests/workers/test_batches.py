@@ -115,3 +115,18 @@ def test_step_seeds_differ_by_seed_worker_and_clock_and_suit_torch() -> None:
     assert len(seeds) == 125
     assert all(torch.Generator().manual_seed(s).initial_seed() == s for s in seeds)
     assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
+
+
+def test_a_smaller_batch_is_the_first_part_of_the_largest_whatever_others_were_like() -> None:
+    whole, cut = (Batches(40, 7, seed=1, worker=0, num_workers=2) for _ in range(2))
+
+    for clock, size in enumerate([7, 1, 3, 5, 2, 7]):
+        assert torch.equal(cut.indices(clock, size=size), whole.indices(clock)[:size])
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_batch_is_not_larger_than_the_largest(size: int) -> None:
+    batches = Batches(40, 7, seed=1, worker=0, num_workers=2)
+
+    with pytest.raises(ValueError, match=f"^size must be 1 to 7 samples, got {size}"):
+        batches.indices(0, size=size)
