@@ -122,8 +122,10 @@ def test_another_delay_law_leaves_the_order_of_the_samples(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("rule", ["asp", "ringmaster:limit=1,cancel=true"])
 def test_a_replay_sizes_batches_alike(tmp_path: Path, rule: str) -> None:
-    config = {"rule": RULES.parse(rule), "delay": Gamma(cv=0.7), "curriculum": Linear(over=50)}
-    simulated(tmp_path / "run", task=task("digits:hidden=8"), optimizer=SGD(lr=1.0), **config)
+    config = {"rule": RULES.parse(rule), "delay": Gamma(cv=0.7), "curriculum": Linear(over=25)}
+    simulated(
+        tmp_path / "run", task=task("digits:hidden=8"), optimizer=SGD(lr=1.0), updates=30, **config
+    )
 
     assert Replay(tmp_path / "run").run().distance == 0
     assert len(set(columns(tmp_path / "run")["samples"].tolist())) > 3
