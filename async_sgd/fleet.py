@@ -22,6 +22,7 @@ from async_sgd.evaluations import Evaluations
 from async_sgd.plan import Plan
 from paramserver.actor import ShardActor
 from paramserver.checkpoint import Checkpoint
+from paramserver.compression import Traffic
 from paramserver.errors import (
     ParamServerError,
     ResourceError,
@@ -92,6 +93,7 @@ class Fleet:
         )
         self._task_ref, self._course_ref = ray.put(plan.task), ray.put(plan.course)
         self._measures: dict[str, Any] = {}  # of the pushes up to the last checkpoint
+        self._traffic = Traffic()  # of the workers that have come back
         self._evaluations = Evaluations(
             self._task_ref,
             self._config.seed,
@@ -224,6 +226,8 @@ class Fleet:
             self._config.gradient,
             self._plan.local,
             self._course_ref,
+            self._config.compress,
+            self._config.compress_pull,
             num_chunks=self._plan.num_chunks,
             looks=self._plan.cancels,
         )
@@ -242,7 +246,12 @@ class Fleet:
         except ray.exceptions.RayTaskError as error:
             self._fail(self._explained(error.cause))
         else:
-            assert finished.reason
+            self._finished(finished)
+
+    def _finished(self, finished: Finished) -> None:
+        """Count what a worker has sent that has come to its end."""
+        if finished.traffic is not None:
+            self._traffic.add(finished.traffic)
 
     def _explained(self, error: BaseException) -> BaseException:
         """Return ``error``, or what happened to the shard whose loss it tells of."""
@@ -306,7 +315,7 @@ class Fleet:
             for ref in done:
                 worker = self._runs.pop(ref)
                 try:
-                    ray.get(ref, timeout=self._config.call_timeout_s)
+                    self._finished(ray.get(ref, timeout=self._config.call_timeout_s))
                 except ray.exceptions.RayError as error:
                     logger.info("worker %d ended with %s", worker, type(error).__name__)
         return not self._runs
@@ -326,6 +335,8 @@ class Fleet:
             told["measures"] = self._measures
         if self._ledger is not None:
             told.update(state_figures(self._plan, self._ledger))
+        if self._traffic.push.count > 0:
+            told["traffic"] = self._traffic.figures()
         return {**told, "threads": self._threads}
 
     def _fail(self, error: BaseException) -> NoReturn:

@@ -15,7 +15,7 @@ the same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from paramserver.clipping import Clip
+from paramserver.compression import Compression, Traffic, Wire
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step, step_seed
 from workers.curriculum import Course
@@ -75,6 +76,10 @@ class Gradients(Protocol):
         Raises:
             TaskError: The task's loss failed.
         """
+
+    @property
+    def traffic(self) -> Traffic:
+        """What workers have pushed and read; nothing where nothing is compressed."""
 
 
 class Step(NamedTuple):
@@ -137,13 +142,31 @@ class Samples:
         return batches
 
 
+WireOf = Callable[[int], Wire | None]
+"""Makes the end of the wire that a worker has, by its number; None if nothing is compressed."""
+
+
+def wire_of(
+    layout: Layout,
+    cuts: Sequence[range],
+    push: Compression | None,
+    pull: Compression | None,
+    seed: int,
+) -> WireOf:
+    """Return what makes the wires that workers of a run have; see `Wire`."""
+    if push is None and pull is None:
+        return lambda worker: None
+    return lambda worker: Wire(layout, cuts, push, pull, seed=seed, worker=worker)
+
+
 class Keeping:
     """What workers keep for themselves between their jobs."""
 
-    def __init__(self, task: Task, local: Local | None) -> None:
-        self._task, self._local = task, local
-        self._keeps_nothing = task.recurrent is None and local is None
+    def __init__(self, task: Task, local: Local | None, wire: WireOf) -> None:
+        self._task, self._local, self._wire = task, local, wire
+        self._keeps_nothing = task.recurrent is None and local is None and wire(0) is None
         self._kept: dict[int, tuple[int, Kept]] = {}  # of each worker: its incarnation, and what
+        self._traffic = Traffic()  # of those that are gone
 
     def of(self, job: Job) -> Kept:
         """Return that of the worker of ``job``; another incarnation begins without any."""
@@ -151,9 +174,21 @@ class Keeping:
             return Kept()
         incarnation, kept = self._kept.get(job.worker, (None, None))
         if kept is None or incarnation != job.incarnation:
-            kept = Kept.at_first(self._task, None if self._local is None else self._local.build)
+            self.abandon(job)
+            own = None if self._local is None else self._local.build
+            kept = Kept.at_first(self._task, own, self._wire(job.worker))
             self._kept[job.worker] = (job.incarnation, kept)
         return kept
+
+    @property
+    def traffic(self) -> Traffic:
+        """What all workers have pushed and read; nothing where nothing is compressed."""
+        total = Traffic()
+        total.add(self._traffic)
+        for _, kept in self._kept.values():
+            if kept.wire is not None:
+                total.add(kept.wire.traffic)
+        return total
 
     def steps_of(self, job: Job) -> range:
         """Return the numbers of the steps that make ``job``."""
@@ -161,7 +196,9 @@ class Keeping:
 
     def abandon(self, job: Job) -> None:
         """Forget what the worker of ``job`` has kept: it is gone."""
-        self._kept.pop(job.worker, None)
+        _, kept = self._kept.pop(job.worker, (0, None))
+        if kept is not None and kept.wire is not None:
+            self._traffic.add(kept.wire.traffic)
 
 
 class OneByOne:
@@ -178,12 +215,14 @@ class OneByOne:
         clip: Clip | None = None,
         num_chunks: int = 1,
         local: Local | None = None,
+        compress: Compression | None = None,
+        compress_pull: Compression | None = None,
         num_shards: int = 1,
     ) -> None:
         """Compute on ``model``, which ``layout`` describes, in ``mode``; ``local`` steps, if any.
 
-        The norm of a gradient is summed as by a worker of ``num_shards`` shards, and its noise is
-        measured in ``num_chunks``.
+        Pushes and reads are compressed if that is given. Norms are summed, and slices compressed,
+        as by a worker of ``num_shards`` shards; noise is measured in ``num_chunks``.
         """
         cuts = layout.cuts(num_shards)
         self._samples, self._sizes = samples, [len(cut) for cut in cuts]
@@ -193,7 +232,9 @@ class OneByOne:
         compute = Estimator(
             mode, task, bound, cuts, slots, seed=samples.seed, clip=clip, num_chunks=num_chunks
         )
-        self._work, self._keeping = Work(compute, bound, slots), Keeping(task, local)
+        self._work = Work(compute, bound, slots)
+        wire = wire_of(layout, cuts, compress, compress_pull, samples.seed)
+        self._keeping = Keeping(task, local, wire)
         model.train()
 
     def begin(self, job: Job) -> None:
@@ -212,7 +253,13 @@ class OneByOne:
 
         kept, steps = self._keeping.of(job), self._keeping.steps_of(job)
         read, batch = job.params.split(self._sizes), prepare(steps.start)
-        return self._slot, self._work(kept, read, job.worker, steps, batch, prepare)
+        done = self._work(kept, read, job.worker, steps, batch, prepare)
+        return self._slot, self._work.send(kept, steps, done)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What workers have pushed and read."""
+        return self._keeping.traffic
 
 
 class Batched:
@@ -232,13 +279,19 @@ class Batched:
         *,
         clip: Clip | None = None,
         local: Local | None = None,
+        compress: Compression | None = None,
+        compress_pull: Compression | None = None,
     ) -> None:
         """Compute on ``model``, by reverse mode; ``local`` steps, if there are any.
+
+        Pushes and reads are compressed if that is given.
 
         Of local steps the gradients are computed together, and each worker's step is taken alone.
         """
         self._task, self._layout, self._samples, self._clip = task, layout, samples, clip
-        self._pure, self._keeping = PureLoss(task, model, layout), Keeping(task, local)
+        self._pure = PureLoss(task, model, layout)
+        wire = wire_of(layout, layout.cuts(1), compress, compress_pull, samples.seed)
+        self._keeping = Keeping(task, local, wire)
         self._in_flight: dict[Job, None] = {}  # those not computed, the oldest first
         self._max_jobs = max(1, _BATCH_BYTES // (layout.numel * layout.dtype.itemsize))
         model.train()
@@ -258,7 +311,17 @@ class Batched:
             self._compute(job)
         assert job.grad is not None
         assert job.done is not None
+        step = self._keeping.steps_of(job).start
+        if self._keeping.of(job).sends_([job.grad], step, job.done):
+            norm = float(torch.linalg.vector_norm(job.grad))
+            judged = self._judged(job.grad, job.done.loss, norm)
+            job.done = replace(job.done, norm=judged.norm, layer=judged.layer)
         return job.grad, job.done
+
+    @property
+    def traffic(self) -> Traffic:
+        """What workers have pushed and read."""
+        return self._keeping.traffic
 
     def _compute(self, first: Job) -> None:
         """Compute the jobs in flight, ``first`` and then the oldest, as many as there is room."""
@@ -266,10 +329,11 @@ class Batched:
         jobs = [first, *list(self._in_flight)[: self._max_jobs - 1]]
         for job in jobs[1:]:
             del self._in_flight[job]
-        points = torch.stack([job.params for job in jobs])
+        reads = [self._seen(job) for job in jobs]
+        points = torch.stack(reads)
         owns = [own for job in jobs if (own := self._keeping.of(job).own) is not None]
         if owns:
-            self._take_steps(jobs, owns, points)
+            self._take_steps(jobs, reads, owns, points)
             return
         found = self._gradients(
             points, [Step(job.worker, job.clock, job.read_version) for job in jobs]
@@ -277,10 +341,16 @@ class Batched:
         for job, (grad, done) in zip(jobs, found, strict=True):
             job.grad, job.done = grad.clone(), done  # a row would keep all the others alive
 
-    def _take_steps(self, jobs: Sequence[Job], owns: Sequence[Own], points: Tensor) -> None:
+    def _seen(self, job: Job) -> Tensor:
+        (seen,) = self._keeping.of(job).seen([job.params], self._keeping.steps_of(job).start)
+        return seen
+
+    def _take_steps(
+        self, jobs: Sequence[Job], reads: Sequence[Tensor], owns: Sequence[Own], points: Tensor
+    ) -> None:
         """Take the steps of all ``jobs``, each at its row of ``points``, side by side."""
-        for own, job, x in zip(owns, jobs, points.unbind(), strict=True):
-            own.begin([job.params], [x])
+        for own, read, x in zip(owns, reads, points.unbind(), strict=True):
+            own.begin([read], [x])
         steps, losses = [self._keeping.steps_of(job) for job in jobs], [0.0] * len(jobs)
         for ahead in range(max(map(len, steps))):
             under_way = [

@@ -13,6 +13,7 @@ from async_sgd.setup import Setup
 from paramserver.averaging import AVERAGES
 from paramserver.batch_sizes import ADAPTIVE_BATCHES
 from paramserver.clipping import CLIPS
+from paramserver.compression import COMPRESSIONS
 from paramserver.errors import RecordError
 from paramserver.groups import GROUPS
 from paramserver.optimizers import OPTIMIZERS
@@ -63,6 +64,8 @@ def recorded_setup(folder: Path, config: Mapping[str, Any], given: Task | None) 
                 schedule=built("schedule", SCHEDULES),
                 group=tuple(GROUPS.build(group) for group in config.get("group", ())),
                 freeze=tuple(config.get("freeze", ())),
+                compress=built("compress", COMPRESSIONS),
+                compress_pull=built("compress_pull", COMPRESSIONS),
                 average=built("average", AVERAGES),
             ),
             rule=built("rule", RULES),

@@ -204,6 +204,8 @@ class Replay:
             clip=plan.clip_at_worker,
             num_chunks=plan.num_chunks,
             local=plan.local,
+            compress=config.compress,
+            compress_pull=config.compress_pull,
             num_shards=self._num_shards,
         )
         sequencer = plan.sequencer(start, None, absent=len(late_joiners(self._changes)))

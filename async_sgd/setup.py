@@ -20,6 +20,7 @@ from paramserver.averaged_state import check_average
 from paramserver.batch_sizes import largest
 from paramserver.checkpoint import Checkpoint
 from paramserver.compensation import Compensation, check_compensation
+from paramserver.compression import COMPRESSIONS
 from paramserver.errors import CheckpointError
 from paramserver.groups import described_with, refuse_groups
 from paramserver.layout import Layout
@@ -101,6 +102,7 @@ class Setup:
         if local is not None:
             self._check_local(local)
         self._check_workers()
+        self._check_compress()
         if self.cancels:
             self._check_cancel()
         if self.rule.build(config.workers).tabulates:
@@ -232,8 +234,39 @@ class Setup:
                 "sync"
             )
 
+    def _check_compress(self) -> None:
+        """Raise ValueError for what needs gradients, or reads, that the wire has not changed."""
+        push, pull = self.config.compress, self.config.compress_pull
+        if push is not None and push.feedback:
+            name = f"compress {COMPRESSIONS.name_of(push)} has feedback: what is pushed is of"
+            if self.compensation is not None:
+                raise ValueError(
+                    f"{name} gradients at several points, and compensation "
+                    f"{COMPENSATIONS.name_of(self.compensation)} corrects the gradient at one: "
+                    "leave it out, or use bf16, qsgd or random-k"
+                )
+            if self.rule.build(self.config.workers).tabulates:
+                raise ValueError(
+                    f"{name} several gradients, and rule {RULES.name_of(self.rule)} takes it for "
+                    "one, which it uses again and again: use bf16, qsgd or random-k"
+                )
+        if pull is not None and (self.compensation is not None or "gap" in self.measure):
+            what = "measure gap" if self.compensation is None else "compensation"
+            raise ValueError(
+                f"with compress_pull workers compute at what came through, and {what} is of what "
+                "the shard has shown them: leave one of them out"
+            )
+
     def _check_cancel(self) -> None:
         """Raise ValueError for what cannot be given up half way."""
+        for way in ("compress", "compress_pull"):
+            compression = getattr(self.config, way)
+            if compression is not None and (compression.feedback or compression.remembers):
+                raise ValueError(
+                    f"{way} {COMPRESSIONS.name_of(compression)} remembers what was sent, and a "
+                    "rule with cancel=true throws it away on its way: leave cancel out, or use "
+                    "bf16, fp16, qsgd or int8:feedback=false"
+                )
         if self.task.recurrent is not None and self.task.recurrent.reset == "never":
             raise ValueError(
                 f"task {self.task.name} carries a state from window to window, and a rule with "
@@ -306,13 +339,14 @@ class Setup:
             f"rule {RULES.name_of(self.rule)}": self.rule.build(self.config.workers).gathers,
             "a damping": self.damping is not None,
             "a schedule": self.config.schedule is not None,
+            "compress": self.config.compress is not None,
             "a clip with where=reduced": clip is not None and clip.where == "reduced",
         }
         for what in (what for what, changes in changed.items() if changes):
             raise ValueError(
                 f"{steps} draws a worker and the server together by the same force, and {what} "
                 "changes what the server gets of it: use optimizer sgd:lr=1, a rule that averages "
-                "nothing, and none of damping, schedule and clip with where=reduced"
+                "nothing, and none of damping, schedule, compress and clip with where=reduced"
             )
 
     def _check_norms(self) -> None:

@@ -117,7 +117,7 @@ class Times:
     service: Delays | None = None
     """Of the server for one push, which come one after the other; None is no time."""
     one_way_s: float = 0.0
-    """Seconds of all parameters' way from or to the server."""
+    """Seconds of all parameters' way from or to the server; the mean of both, if they differ."""
     steps: tuple[int, ...] | None = None
     """Gradients that each worker computes between a read and a push; None is one."""
 

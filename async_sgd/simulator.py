@@ -27,6 +27,7 @@ from async_sgd.setup import Ready, Setup
 from async_sgd.simulation import Buffers, Change, Simulation, Times, late_joiners
 from async_sgd.streams import Delays, Stream
 from paramserver.compensation import Compensation
+from paramserver.compression import wire_bytes
 from paramserver.errors import ParamServerError, ResourceError, RunFailedError
 from paramserver.measures import summary
 from paramserver.optimizers import AnyOptimizer
@@ -210,11 +211,12 @@ class _Simulated:
             seed=config.seed,
             course=plan.course,
         )
+        self._computed = self._gradients(samples, batched=simulator.batched)
         self._simulation = Simulation(
             self._sequencer,
             shard,
             buffers,
-            self._gradients(samples, batched=simulator.batched),
+            self._computed,
             samples.batch_size,
             self._times(simulator),
             num_workers=num_workers,
@@ -229,17 +231,22 @@ class _Simulated:
     def _gradients(self, samples: Samples, *, batched: bool) -> Gradients:
         plan = self._plan
         model, clip = build_model(plan.task, plan.config.seed), plan.clip_at_worker
+        common: dict[str, Any] = {
+            "clip": clip,
+            "local": plan.local,
+            "compress": plan.config.compress,
+            "compress_pull": plan.config.compress_pull,
+        }
         if batched:
-            return Batched(plan.task, model, plan.layout, samples, clip=clip, local=plan.local)
+            return Batched(plan.task, model, plan.layout, samples, **common)
         return OneByOne(
             plan.task,
             model,
             plan.layout,
             samples,
             mode=plan.config.gradient,
-            clip=clip,
             num_chunks=plan.num_chunks,
-            local=plan.local,
+            **common,
         )
 
     def _times(self, simulator: Simulator) -> Times:
@@ -248,11 +255,12 @@ class _Simulated:
         def delays(law: DelayLaw, stream: Stream) -> Delays:
             return Delays(law, config.workers, seed=config.seed, stream=stream)
 
-        service = simulator.service
+        service, network, cuts = simulator.service, simulator.network, self._plan.cuts
+        ways = [wire_bytes(layout, cuts, c) for c in (config.compress, config.compress_pull)]
         return Times(
             compute=delays(simulator.delay, Stream.COMPUTE),
             service=None if service is None else delays(service, Stream.SERVICE),
-            one_way_s=simulator.network.seconds(layout.numel * layout.dtype.itemsize),
+            one_way_s=sum(map(network.seconds, ways)) / 2,
             steps=None if local is None else tuple(map(local.num_steps, range(config.workers))),
         )
 
@@ -291,6 +299,9 @@ class _Simulated:
         told = {**self._standing.summary(), **state_figures(self._plan, ledger)}
         if self._plan.measure:
             told["measures"] = summary(ledger.columns())
+        traffic = self._computed.traffic
+        if traffic.push.count > 0:
+            told["traffic"] = traffic.figures()
         if self._like is not None:
             simulated = ledger.staleness.histogram()
             told["like"] = {
@@ -334,6 +345,9 @@ def _check_memory(plan: Plan) -> None:
     layout, num_workers = plan.layout, plan.config.workers
     kept = 0 if plan.local is None else plan.local.num_kept
     kept += 2 * plan.tabulates  # the table's
+    push, pull = plan.config.compress, plan.config.compress_pull
+    kept += int(push is not None and push.feedback)  # what was left out
+    kept += 0 if pull is None else 1 + pull.feedback  # what is seen; and room for a difference
     needed = (num_workers * (1 + kept) + 2) * layout.num_bytes
     there = _available_bytes()
     if needed > there:

@@ -17,6 +17,7 @@ from deploy.flags import Parser, UsageError, spell_value
 from paramserver.averaging import AVERAGES
 from paramserver.batch_sizes import ADAPTIVE_BATCHES
 from paramserver.clipping import CLIPS
+from paramserver.compression import COMPRESSIONS
 from paramserver.optimizers import OPTIMIZERS
 from paramserver.registry import Entry, Registry
 from paramserver.schedules import SCHEDULES
@@ -34,6 +35,7 @@ KINDS: Mapping[str, Registry[Any]] = {
     "rules": RULES,
     "dampings": DAMPINGS,
     "compensations": COMPENSATIONS,
+    "compressions": COMPRESSIONS,
     "locals": LOCALS,
     "delays": DELAYS,
     "averages": AVERAGES,

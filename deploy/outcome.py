@@ -68,6 +68,8 @@ def _staleness(record: Mapping[str, Any]) -> dict[str, str]:
         rows["state staleness"] = ", ".join(f"{k} {states[k]:.3g}" for k in ("mean", "p95", "max"))
     for name, of in record.get("measures", {}).items():
         rows[name] = measure(of)
+    for way, of in record.get("traffic", {}).items():
+        rows[f"{way}ed"] = traffic(of)
     like = record.get("like")
     if like:
         rows["recorded run"] = (
@@ -102,6 +104,16 @@ def measure(of: Mapping[str, float | None]) -> str:
     """Write the mean and the largest value of what was measured of each push."""
     shown = [f"{which} {value:.4g}" for which, value in of.items() if value is not None]
     return ", ".join(shown) or "no value"
+
+
+def traffic(of: Mapping[str, int]) -> str:
+    """Write how much went one way, and how much that saved."""
+    if of["bytes"] == of["plain_bytes"]:
+        return f"{of['bytes'] / 1e6:,.1f} MB"
+    saved = of["plain_bytes"] / max(of["bytes"], 1)
+    return (
+        f"{of['bytes'] / 1e6:,.1f} MB in the place of {of['plain_bytes'] / 1e6:,.1f}, 1/{saved:.1f}"
+    )
 
 
 def _metrics(values: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deploy import curves, inside, page, plots
-from deploy.outcome import measure
+from deploy.outcome import measure, traffic
 from deploy.progress import TRAIN_SAMPLE
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
@@ -145,6 +145,8 @@ def _facts(record: Record) -> dict[str, str]:
             said[key.replace("_", " ")] = ", ".join(figures)
     for name, of in done.get("measures", {}).items():
         said[name] = measure(of)
+    for way, of in done.get("traffic", {}).items():
+        said[f"{way}ed"] = traffic(of)
     if "dropped" in done:
         dropped = [f"{count:,} {reason}" for reason, count in done["dropped"].items()]
         said["dropped"] = ", ".join(dropped) or "none"

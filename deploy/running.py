@@ -23,6 +23,7 @@ from paramserver.averaging import AVERAGES, Average
 from paramserver.batch_sizes import ADAPTIVE_BATCHES, AdaptiveBatch
 from paramserver.clipping import CLIPS, Clip
 from paramserver.compensation import Compensation
+from paramserver.compression import COMPRESSIONS, Compression
 from paramserver.errors import ParamServerError, RunFailedError
 from paramserver.groups import GROUPS, Group
 from paramserver.optimizers import OPTIMIZERS, Adam, AnyOptimizer
@@ -54,6 +55,7 @@ PLUGINS: Mapping[object, Registry[Any]] = {
     RuleSpec: RULES,
     Damping: DAMPINGS,
     Compensation: COMPENSATIONS,
+    Compression: COMPRESSIONS,
     Local: LOCALS,
     Clip: CLIPS,
     Group: GROUPS,

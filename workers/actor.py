@@ -14,6 +14,7 @@ from torch import nn
 
 from paramserver.client import Client
 from paramserver.clipping import Clip
+from paramserver.compression import Compression
 from paramserver.errors import ParamServerError
 from paramserver.layout import Layout
 from paramserver.messages import Kind, Message
@@ -146,6 +147,8 @@ class Worker:
         gradient: GradientMode = "reverse",
         local: Local | None = None,
         course: Course | None = None,
+        compress: Compression | None = None,
+        compress_pull: Compression | None = None,
         *,
         num_chunks: int = 1,
         looks: bool = False,
@@ -174,6 +177,8 @@ class Worker:
                 clip=clip,
                 num_chunks=num_chunks,
                 local=local,
+                compress=compress,
+                compress_pull=compress_pull,
                 looks=looks,
             )
 

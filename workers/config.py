@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from paramserver.averaging import Average
 from paramserver.batch_sizes import AdaptiveBatch
 from paramserver.clipping import Clip
+from paramserver.compression import Compression, check_pull
 from paramserver.groups import Group
 from paramserver.schedules import Schedule
 from paramserver.trajectory import LEAST
@@ -88,6 +89,14 @@ class RunConfig(Placement):
     freeze: tuple[str, ...] = ()
     """A part of the model that stays as it is: a group of the task, or a pattern, such as
     ``encoder`` or ``*.bias``; may be given several times."""
+
+    compress: Compression | None = None
+    """What workers send their gradients through, with what is left out kept for the next one where
+    the compression has feedback; None sends them as they are."""
+
+    compress_pull: Compression | None = None
+    """What workers read parameters through; with feedback they are sent what has changed. None
+    shows them the parameters as they are; so does mode sync, where all are equal to the bit."""
 
     average: Average | None = None
     """Average of the parameters after each update, evaluated in their place; None has none."""
@@ -171,6 +180,8 @@ class RunConfig(Placement):
             )
         if self.on_nan not in ("drop", "stop"):
             raise ValueError(f"on_nan must be 'drop' or 'stop', got {self.on_nan!r}")
+        if self.compress_pull is not None:
+            check_pull(self.compress_pull)
         if self.until is not None:
             Target.parse(self.until)
         if self.out is not None and self.resume is not None:

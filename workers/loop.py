@@ -22,6 +22,7 @@ from torch import nn
 
 from paramserver.client import Client, Ended, Reading
 from paramserver.clipping import Clip
+from paramserver.compression import Compression, Traffic, Wire
 from paramserver.layout import Layout
 from workers.batches import Batches, seed_step
 from workers.estimate import Estimator, Given, GradientMode
@@ -48,6 +49,8 @@ class Finished:
     reason: str
     clock: int
     """Iterations it has ended, over all its incarnations."""
+    traffic: Traffic | None = None
+    """What it has pushed and read in this one, if that is compressed."""
 
 
 def train(
@@ -64,6 +67,8 @@ def train(
     clip: Clip | None = None,
     num_chunks: int = 1,
     local: Local | None = None,
+    compress: Compression | None = None,
+    compress_pull: Compression | None = None,
     looks: bool = False,
     before_push: Callable[[int], None] | None = None,
 ) -> Finished:
@@ -82,6 +87,8 @@ def train(
         clip: Applied to each gradient before it is pushed.
         num_chunks: Parts of a batch whose spread tells the noise; 1 does not measure it.
         local: Steps of the worker's own between a read and a push; None pushes each gradient.
+        compress: What is pushed is sent through it; None sends it as it is.
+        compress_pull: Parameters are read through it; None reads them as they are.
         looks: Whether the rule may cancel what the worker computes, and it looks whether it has.
         before_push: Called with the clock before each push; for faults and tests.
 
@@ -109,7 +116,10 @@ def train(
         look=between,
     )
     work = Work(compute, bound, client.slots, look=between)
-    kept = Kept.at_first(task, None if local is None else local.build)
+    wire: Wire | None = None
+    if compress is not None or compress_pull is not None:
+        wire = Wire(layout, cuts, compress, compress_pull, seed=seed, worker=client.worker)
+    kept = Kept.at_first(task, None if local is None else local.build, wire)
     model.train()
 
     def prepare(step: int, version: int, size: int | None) -> Given:
@@ -131,6 +141,7 @@ def train(
         except Cancelled as cancelled:
             reading, batch = cancelled.reading, None
             continue
+        done = work.send(kept, steps, done)
         if before_push is not None:
             before_push(client.clock)
         client.begin_push(
@@ -146,4 +157,4 @@ def train(
         depends = batches.follows_version or size is not None
         batch = None if depends else prepare(steps.start, reading.version, None)
         reading = client.end_push()
-    return Finished(reading.reason, client.clock)
+    return Finished(reading.reason, client.clock, None if wire is None else wire.traffic)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from paramserver.compression import Wire
 from paramserver.optimizers import Optimizer
 from paramserver.optimizers.base import PushRule
 from workers.estimate import Estimated, Estimator, Given
@@ -200,14 +201,33 @@ class Kept:
     """The state of a recurrent task; None of any other."""
     resets: bool = False
     """Whether that state is initial again at each read."""
+    wire: Wire | None = None
+    """What it pushes and reads through; None if nothing is compressed."""
 
     @classmethod
-    def at_first(cls, task: Task, make_own: Callable[[], Own] | None) -> Kept:
+    def at_first(
+        cls, task: Task, make_own: Callable[[], Own] | None, wire: Wire | None = None
+    ) -> Kept:
         """Return what a worker of ``task`` has at the beginning of its life."""
         own = None if make_own is None else make_own()
         if task.recurrent is None:
-            return cls(own)
-        return cls(own, Carried(), task.recurrent.reset == "pull")
+            return cls(own, wire=wire)
+        return cls(own, Carried(), task.recurrent.reset == "pull", wire)
+
+    def seen(self, read: Sequence[Tensor], step: int) -> Sequence[Tensor]:
+        """Return what the worker sees of what it has read, before ``step``, one vector a shard."""
+        keeps = self.own is not None and self.own.keeps  # then nothing is sent to it
+        return read if self.wire is None or keeps else self.wire.read(read, step)
+
+    def sends_(self, slots: Sequence[Tensor], step: int, done: Estimated) -> bool:
+        """Leave in ``slots`` what comes out of them at the server; False if that is the same.
+
+        What is not finite is not sent: the server needs to know of it, and has no use for it.
+        """
+        if self.wire is None or done.layer:
+            return False
+        self.wire.push_(slots, step)
+        return self.wire.compresses
 
 
 class Work:
@@ -250,6 +270,7 @@ class Work:
         own, carried = kept.own, kept.carried
         if carried is not None and kept.resets and (own is None or not own.keeps):
             carried.reset()
+        read = kept.seen(read, steps.start)
         if own is None:
             self._bound.read(read)
             return self._compute(batch, worker, steps.start, carried)
@@ -269,12 +290,21 @@ class Work:
             own.step(self._slots)
             total += done.loss
         own.end(self._slots)
-        loss, norm = total / len(steps), self._bound.gradient_norm()
+        done = Estimated(total / len(steps), 0.0, steps=len(steps), keeps=own.keeps)
+        return self._measured(done)
+
+    def send(self, kept: Kept, steps: range, done: Estimated) -> Estimated:
+        """Leave in the slots what comes through the wire of what is there, and tell of that.
+
+        Args:
+            kept: What the worker keeps: with feedback, what was left out.
+            steps: Those that ``done`` tells of.
+            done: What is in the slots.
+        """
+        return self._measured(done) if kept.sends_(self._slots, steps.start, done) else done
+
+    def _measured(self, done: Estimated) -> Estimated:
+        """Return ``done`` with the norm of what is in the slots now."""
+        norm = self._bound.gradient_norm()
         layer = "" if math.isfinite(norm) else self._bound.nonfinite_layer()
-        return Estimated(
-            loss,
-            norm if math.isfinite(norm) else math.nan,
-            layer,
-            steps=len(steps),
-            keeps=own.keeps,
-        )
+        return replace(done, norm=norm if math.isfinite(norm) else math.nan, layer=layer)

@@ -16,6 +16,11 @@ def check_config(name: str, config: RunConfig) -> None:
         raise ValueError(
             f"{name} needs more than gradients: clipping would break its searches and products"
         )
+    if config.compress is not None or config.compress_pull is not None:
+        raise ValueError(
+            f"{name} needs more than gradients, each exact and at the point it names: compress and "
+            "compress_pull are for push rules, such as sgd or adam"
+        )
     if config.curriculum is not None:
         raise ValueError(
             f"{name} draws its samples by name, the same for all requests of a round, and a "

@@ -13,6 +13,7 @@ from paramserver.averaging import AVERAGES
 from paramserver.batch_sizes import ADAPTIVE_BATCHES
 from paramserver.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from paramserver.clipping import CLIPS
+from paramserver.compression import COMPRESSIONS
 from paramserver.groups import GROUPS
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
@@ -42,6 +43,8 @@ _PLUGINS: Mapping[str, Registry[Any]] = {
     "adaptive_batch": ADAPTIVE_BATCHES,
     "average": AVERAGES,
     "clip": CLIPS,
+    "compress": COMPRESSIONS,
+    "compress_pull": COMPRESSIONS,
     "curriculum": PACINGS,
     "difficulty": DIFFICULTIES,
     "early_stopping": STOPPINGS,

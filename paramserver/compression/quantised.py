@@ -1,11 +1,11 @@
 """A few levels, or the sign alone.
 
-    qsgd    in buckets of d elements, with s levels and u = s |x| / ‖x‖ of the bucket:
-            sign(x) (‖x‖ / s) (floor(u), or one more with the probability u - floor(u))
-            E Q(x) = x,   E ‖Q(x) - x‖² = (‖x‖/s)² Σ f (1 - f) <= min(d/s², √d/s) ‖x‖²,  f = frac(u)
+qsgd    in buckets of d elements, with s levels and u = s |x| / ‖x‖ of the bucket:
+        sign(x) (‖x‖ / s) (floor(u), or one more with the probability u - floor(u))
+        E Q(x) = x,   E ‖Q(x) - x‖² = (‖x‖/s)² Σ f (1 - f) <= min(d/s², √d/s) ‖x‖²,  f = frac(u)
 
-    sign    for each parameter of n elements:   (‖x‖₁ / n) sign(x)
-            ‖C(x) - x‖² = (1 - ‖x‖₁² / (n ‖x‖²)) ‖x‖²,   where sign(0) is 1
+sign    for each parameter of n elements:   (‖x‖₁ / n) sign(x)
+        ‖C(x) - x‖² = (1 - ‖x‖₁² / (n ‖x‖²)) ‖x‖²,   where sign(0) is 1
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ class ScaledSign:
 
 class _Signs(Compressor):
     def __init__(self, of: Slice) -> None:
-        super().__init__(
-            "sign", of, ((torch.uint8, -(-of.numel // 8)), (of.dtype, len(of.parts)))
-        )
+        super().__init__("sign", of, ((torch.uint8, -(-of.numel // 8)), (of.dtype, len(of.parts))))
 
     def _compressed(self, vector: Tensor, seed: int) -> tuple[Tensor, ...]:
         parts = self.slice.parts

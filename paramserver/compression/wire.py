@@ -153,6 +153,11 @@ class Wire:
         self._followed = [Followed(c) for c in pulled] if pull and pull.feedback else []
         self._shown = [torch.empty(of.numel, dtype=of.dtype) for of in slices if self._pulled]
 
+    @property
+    def compresses(self) -> bool:
+        """Whether what is pushed comes out changed."""
+        return bool(self._pushed)
+
     def push_(self, slots: Sequence[Tensor], step: int) -> list[Payload]:
         """Send what is in ``slots``, one vector a shard, and leave there what comes out.
 
