@@ -77,10 +77,6 @@ class Gradients(Protocol):
             TaskError: The task's loss failed.
         """
 
-    @property
-    def traffic(self) -> Traffic:
-        """What workers have pushed and read; nothing where nothing is compressed."""
-
 
 class Step(NamedTuple):
     """One step of a worker."""

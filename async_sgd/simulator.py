@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from async_sgd.calibration import Calibration, distance
 from async_sgd.carried import state_figures
 from async_sgd.delays import DELAYS, DelayLaw, Exponential
-from async_sgd.jobs import Batched, Gradients, OneByOne, Samples
+from async_sgd.jobs import Batched, OneByOne, Samples
 from async_sgd.network import Network
 from async_sgd.plan import Plan
 from async_sgd.setup import Ready, Setup
@@ -228,7 +228,7 @@ class _Simulated:
         self.run.started()
         self._next_evaluation = config.evaluate_every_s or math.inf
 
-    def _gradients(self, samples: Samples, *, batched: bool) -> Gradients:
+    def _gradients(self, samples: Samples, *, batched: bool) -> Batched | OneByOne:
         plan = self._plan
         model, clip = build_model(plan.task, plan.config.seed), plan.clip_at_worker
         common: dict[str, Any] = {

@@ -13,15 +13,27 @@ both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from paramserver.compression import Compressor, Payload
 from paramserver.layout import BLOCK, Layout
 
 Table = list[tuple[float, ...]]
 """What every rank said in an exchange, by rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A rank's gradient as it is sent: compressed, slice by slice."""
+
+    payloads: Sequence[Payload]
+    """What stands for each rank's slice, by rank."""
+    compressor: Compressor
+    """Of the own slice, for what the others send of it."""
 
 
 class Collective(Protocol):
@@ -43,6 +55,10 @@ class Collective(Protocol):
     @property
     def cut(self) -> range:
         """The slice of the vector that this rank reduces and updates; it may be empty."""
+
+    @property
+    def cuts(self) -> tuple[range, ...]:
+        """The slices of all ranks, by rank."""
 
     @property
     def params(self) -> Tensor:
@@ -86,8 +102,11 @@ class Collective(Protocol):
             ProtocolError: The ranks are not at the same step, or brought more or fewer values.
         """
 
-    def reduce(self, weights: Sequence[float]) -> Tensor:
+    def reduce(self, weights: Sequence[float], sent: Sent | None = None) -> Tensor:
         """Return the sum of weight times gradient over the ranks, for the own slice.
+
+        With ``sent``, all ranks' gradients are what comes out of such payloads, and `grad` is that
+        already.
 
         It takes the place of this rank's gradient there and may be changed until `publish`. Its
         bits follow from the gradients, the weights and the cuts alone.

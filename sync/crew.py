@@ -49,14 +49,17 @@ class Lost:
     """The highest version that the others know of."""
 
 
-def carrier(nodes: Sequence[int]) -> Kind:
-    """Return what carries gradients best between ranks, of which each is on one of ``nodes``."""
+def carrier(nodes: Sequence[int], *, compressed: bool = False) -> Kind:
+    """Return what carries gradients best between ranks, of which each is on one of ``nodes``.
+
+    Compressed gradients go from each rank to each: a node's sum of several is not compressed.
+    """
     if not sys.platform.startswith("linux"):
         return "gloo"
     num_nodes = len(set(nodes))
     if num_nodes == 1:
         return "shared_memory"
-    return "gloo" if num_nodes == len(nodes) else "nodes"
+    return "gloo" if compressed or num_nodes == len(nodes) else "nodes"
 
 
 class Crew:
@@ -72,6 +75,7 @@ class Crew:
         threads: int,
         places: Places,
         network_interface: str | None,
+        compressed: bool,
         wait_timeout_s: float,
         call_timeout_s: float,
     ) -> None:
@@ -85,13 +89,14 @@ class Crew:
             threads: torch threads in each.
             places: Where they go; `close` gives them back.
             network_interface: Of each node, that gloo is to use; None takes Ray's.
+            compressed: Whether ranks send their gradients compressed.
             wait_timeout_s: Seconds a rank waits for others.
             call_timeout_s: Seconds an answer of a process may take.
         """
         self._task, self._seed, self._world = ray.put(task), seed, world
         self._looks = looks
         self._threads, self._places = threads, places
-        self._network_interface = network_interface
+        self._network_interface, self._compressed = network_interface, compressed
         self._wait_timeout_s, self._call_timeout_s = wait_timeout_s, call_timeout_s
         self.kind: Kind = "shared_memory"
         """What carries gradients between the ranks."""
@@ -133,7 +138,8 @@ class Crew:
                 f"the workers are on {len(numbers)} nodes, which share no memory: use "
                 "collective='auto' or fewer workers"
             )
-        self.kind = carrier(self._nodes) if self._collective == "auto" else self._collective
+        best = carrier(self._nodes, compressed=self._compressed)
+        self.kind = best if self._collective == "auto" else self._collective
 
     def close(self) -> None:
         """End every process, whatever it does."""

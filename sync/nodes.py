@@ -22,7 +22,7 @@ from torch import Tensor
 from paramserver.errors import PeerLostError
 from paramserver.layout import Layout
 from sync import shared
-from sync.collective import Table, fair_cuts, weighted_sum_
+from sync.collective import Sent, Table, fair_cuts, weighted_sum_
 from sync.mesh import Mesh
 from sync.shared import SharedMemory
 
@@ -43,7 +43,7 @@ class Nodes:
         """
         self.rank, self.world = mesh.rank, mesh.world
         self._mesh, self._local, self._step = mesh, local, 0
-        cuts = fair_cuts(layout, self.world)
+        self.cuts = cuts = fair_cuts(layout, self.world)
         self.cut = cuts[self.rank]
         self.params, self.grad = local.params, local.grad
         self._here = [rank for rank, node in enumerate(nodes) if node == nodes[self.rank]]
@@ -73,8 +73,9 @@ class Nodes:
         self._step = step
         return self._mesh.exchange(step, values)
 
-    def reduce(self, weights: Sequence[float]) -> Tensor:
+    def reduce(self, weights: Sequence[float], sent: Sent | None = None) -> Tensor:
         """Return the weighted sum of the gradients for the own slice, its own term first."""
+        assert sent is None, "sums of several ranks go between nodes: gloo carries payloads"
         here = [weights[rank] for rank in self._here]
         for cut, piece in zip(self._cuts, self._pieces, strict=True):
             first, *rest = [slot[cut.start : cut.stop] for slot in self._local.slots]

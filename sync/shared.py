@@ -35,7 +35,7 @@ from torch import Tensor
 from paramserver.errors import PeerLostError, ProtocolError, ResourceError
 from paramserver.layout import Layout
 from paramserver.transports.segment import Segment, check_memory
-from sync.collective import Table, fair_cuts, weighted_sum_
+from sync.collective import Sent, Table, fair_cuts, weighted_sum_
 from sync.star import Star
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class SharedMemory:
     def __init__(self, star: Star, segment: Segment, layout: Layout) -> None:
         """Use ``segment``, whose first row holds parameters and the others gradients, by rank."""
         self.rank, self.world = star.rank, star.world
-        self.cut = fair_cuts(layout, star.world)[star.rank]
+        self.cuts = fair_cuts(layout, star.world)
+        self.cut = self.cuts[star.rank]
         self._star, self._segment, self._layout = star, segment, layout
         self._step = 0
         self.slots = segment.rows[1 : 1 + star.world]
@@ -82,7 +83,7 @@ class SharedMemory:
         self._step = step
         return self._star.exchange(step, values)
 
-    def reduce(self, weights: Sequence[float]) -> Tensor:
+    def reduce(self, weights: Sequence[float], sent: Sent | None = None) -> Tensor:
         """Return the weighted sum of the gradients for the own slice, its own term first."""
         terms = list(zip(self._slices, weights, strict=True))
         own, weight = terms.pop(self.rank)

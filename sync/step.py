@@ -32,7 +32,7 @@ from paramserver.clipping import Clip
 from paramserver.optimizers import Optimizer, PushRule
 from paramserver.optimizers.base import needs_norm
 from paramserver.schedules import Schedule
-from sync.collective import Collective
+from sync.collective import Collective, Sent
 
 Reduce = Literal["mean", "sum"]
 """How the ranks' gradients become one."""
@@ -139,8 +139,8 @@ class Stepper:
         if self.scheduler is not None and scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
 
-    def step(self, number: int, report: Report) -> Outcome:
-        """Take step ``number`` with the gradient that is in the collective's slot.
+    def step(self, number: int, report: Report, sent: Sent | None = None) -> Outcome:
+        """Take step ``number`` with the gradient in the collective's slot, perhaps compressed.
 
         Raises:
             PeerLostError: A rank is gone or silent; parameters may be old, new or a mix.
@@ -149,7 +149,8 @@ class Stepper:
         reports = tuple(map(Report._make, self._collective.exchange(number, report)))
         if any(r.bad_layer >= 0 for r in reports):
             return Outcome(reports, applied=False)
-        grad = self._collective.reduce(weights(self._reduce, [r.samples for r in reports]))
+        factors = weights(self._reduce, [r.samples for r in reports])
+        grad = self._collective.reduce(factors, sent)
         norm = math.nan
         if self._norm_needed:
             norms = self._collective.exchange(number, (_norm(grad),))

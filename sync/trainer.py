@@ -26,6 +26,7 @@ import torch
 from paramserver.averaged_state import averaged, check_average
 from paramserver.batch_sizes import largest
 from paramserver.checkpoint import Checkpoint, gather_state
+from paramserver.compression import Traffic
 from paramserver.errors import (
     CheckpointError,
     ParamServerError,
@@ -106,6 +107,11 @@ class SyncTrainer:
         if asked := self.config.asked_of_servers:
             raise ValueError(f"{asked[0]} is for shards, and synchronous mode has none")
         self.network_interface = network_interface
+        if self.config.compress_pull is not None:
+            raise ValueError(
+                "compress_pull is for mode async: in step all ranks have equal parameters, to the "
+                "bit; use compress, which is for gradients"
+            )
         self.task, self.optimizer = self.config.applied_to(task), optimizer
         self.reduce: Reduce = reduce
         self.collective, self.progress = collective, progress
@@ -188,6 +194,7 @@ class SyncTrainer:
             clip_reduced=None if clips_own else c.clip,
             schedule=c.schedule,
             groups=self.task.groups,
+            compress=c.compress,
             average=c.average,
             gradient=c.gradient,
             course=course,
@@ -226,12 +233,14 @@ class _Driver:
                 share="all" if trainer.collective == "shared_memory" else "nothing",
             ),
             network_interface=trainer.network_interface,
+            compressed=self._config.compress is not None,
             wait_timeout_s=self._config.wait_timeout_s,
             call_timeout_s=self._config.call_timeout_s,
         )
         self._status = Status(Position.of(start)).figures()
         self._summary: dict[str, Any] = {}
         self._states: StalenessStats | None = None  # how stale those were that rank 0 carried
+        self._traffic = Traffic()  # of the ranks of the last group
         self._ending: str | None = None  # why the driver wants the run to end
 
     def drive(self) -> None:
@@ -278,6 +287,8 @@ class _Driver:
             reason = self._ending or last.reason
             assert reason is not None, "a run ends by itself or because the driver wants it to"
             self._states = last.states
+            for traffic in (f.traffic for f in came if f.traffic is not None):
+                self._traffic.add(traffic)
             self._finish(reason, self._joined([f.part for f in came]), last.status)
             return True
         since = self._latest.version
@@ -390,6 +401,8 @@ class _Driver:
         }
         if self._states is not None:
             self._summary["state_staleness"] = self._states.summary()
+        if self._traffic.push.count > 0:
+            self._summary["traffic"] = {"push": self._traffic.push.figures()}
 
     def _joined(self, parts: Sequence[Part]) -> Checkpoint:
         """Make one checkpoint of every rank's share."""

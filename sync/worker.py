@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from paramserver.averaging import Average
 from paramserver.batch_sizes import AdaptiveBatch, Rate, Sizer, largest
 from paramserver.clipping import Clip
+from paramserver.compression import Compression, Traffic
 from paramserver.errors import NonFiniteGradientError
 from paramserver.groups import Group
 from paramserver.layout import Layout
@@ -26,13 +27,14 @@ from paramserver.optimizers import AnyOptimizer, Optimizer
 from paramserver.optimizers.grouped import grouped
 from paramserver.progress import hopeless
 from paramserver.schedules import Schedule
-from sync.collective import Collective
+from sync.collective import Collective, Sent
 from sync.desk import Desk, Part, Position, Snapshot, Status
 from sync.replicas import check_equal
+from sync.sender import Sender
 from sync.step import Outcome, Reduce, Report, Stepper
 from workers.batches import seed_step
 from workers.curriculum import Course
-from workers.estimate import Estimator, GradientMode
+from workers.estimate import Estimator, GradientMode, remeasured
 from workers.examples import Examples
 from workers.gradients import BoundModel
 from workers.own import Kept
@@ -63,6 +65,8 @@ class Plan:
     """The task's groups of parameters."""
     course: Course | None = None
     """The order and pace of the samples, if there is a curriculum."""
+    compress: Compression | None = None
+    """What ranks send their gradients through."""
     average: Average | None = None
     """Of the parameters after each update: what is shown and evaluated in their place."""
     gradient: GradientMode = "reverse"
@@ -98,6 +102,8 @@ class Finished:
     status: Status
     states: StalenessStats | None = None
     """How stale the states were that this rank carried, if the task is recurrent."""
+    traffic: Traffic | None = None
+    """What this rank has sent, if that is compressed; its own slice is counted as well."""
 
 
 class Trainee:
@@ -142,6 +148,10 @@ class Trainee:
             clip=plan.clip_own,
             num_chunks=1 if adaptive is None else adaptive.chunks,
         )
+        self._sender: Sender | None = None
+        if plan.compress is not None:
+            self._sender = Sender(collective, plan.layout, plan.compress, plan.seed)
+        self._sent: Sent | None = None  # this step's gradient, if it is compressed
         self._batches = batches_of(
             task,
             examples,
@@ -198,7 +208,8 @@ class Trainee:
         self._model.train()
         try:
             while (reason := plan.ended(self._position, world)) is None and not stop:
-                outcome = self._stepper.step(self._position.clock + 1, self._gradient(desk))
+                report = self._gradient(desk)
+                outcome = self._stepper.step(self._position.clock + 1, report, self._sent)
                 status = self._account(outcome, status)
                 desk.status = status
                 stop = any(r.stop for r in outcome.reports)
@@ -212,7 +223,8 @@ class Trainee:
                     self._compare()
             self._compare()
             states = None if self._kept.carried is None else self._states
-            return Finished(reason, self._part(), status, states)
+            traffic = None if self._sender is None else self._sender.traffic
+            return Finished(reason, self._part(), status, states, traffic)
         except NonFiniteGradientError:
             desk.lay(self._part())  # all ranks are at the end of the same step: it can be kept
             raise
@@ -228,6 +240,9 @@ class Trainee:
         size = None if sizer is None else sizer.size(version)
         batch = self._batches.read(self._examples, clock, version, size)
         done = self._compute(batch, self._collective.rank, clock, self._carried())
+        if self._sender is not None and not done.layer:
+            self._sent = self._sender.send_(self._collective.grad, clock)
+            done = remeasured(done, self._bound)
         return Report(
             samples=size or self._batches.batch_size,
             loss=done.loss,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -39,6 +39,14 @@ class Estimated:
     """Whether the worker will not take over what it reads next, but go on where it is."""
     noise: float = 0.0
     """Estimate of tr(S), S the covariance of one sample's gradient, if it was measured."""
+
+
+def remeasured(done: Estimated, bound: BoundModel) -> Estimated:
+    """Return ``done`` with the norm of what is in the slots of ``bound`` now."""
+    norm = bound.gradient_norm()
+    if math.isfinite(norm):
+        return replace(done, norm=norm)
+    return replace(done, norm=math.nan, layer=bound.nonfinite_layer())
 
 
 class Estimator:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from paramserver.compression import Wire
 from paramserver.optimizers import Optimizer
 from paramserver.optimizers.base import PushRule
-from workers.estimate import Estimated, Estimator, Given
+from workers.estimate import Estimated, Estimator, Given, remeasured
 from workers.gradients import BoundModel
 from workers.recurrent import Carried
 from workers.task import Task
@@ -291,7 +291,7 @@ class Work:
             total += done.loss
         own.end(self._slots)
         done = Estimated(total / len(steps), 0.0, steps=len(steps), keeps=own.keeps)
-        return self._measured(done)
+        return remeasured(done, self._bound)
 
     def send(self, kept: Kept, steps: range, done: Estimated) -> Estimated:
         """Leave in the slots what comes through the wire of what is there, and tell of that.
@@ -301,10 +301,5 @@ class Work:
             steps: Those that ``done`` tells of.
             done: What is in the slots.
         """
-        return self._measured(done) if kept.sends_(self._slots, steps.start, done) else done
-
-    def _measured(self, done: Estimated) -> Estimated:
-        """Return ``done`` with the norm of what is in the slots now."""
-        norm = self._bound.gradient_norm()
-        layer = "" if math.isfinite(norm) else self._bound.nonfinite_layer()
-        return replace(done, norm=norm if math.isfinite(norm) else math.nan, layer=layer)
+        is_other = kept.sends_(self._slots, steps.start, done)
+        return remeasured(done, self._bound) if is_other else done

@@ -17,7 +17,7 @@ from paramserver.compression.payload import Payload
 from paramserver.compression.quantised import QSGD, ScaledSign
 from paramserver.compression.rounding import BFloat16, Float16, Int8
 from paramserver.compression.sparse import RandomK, TopK
-from paramserver.compression.wire import Feedback, Traffic, Wire, wire_bytes
+from paramserver.compression.wire import Feedback, Traffic, Wire, compressor_of, wire_bytes
 from paramserver.registry import Registry
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "Traffic",
     "Wire",
     "check_pull",
+    "compressor_of",
     "wire_bytes",
 ]
 

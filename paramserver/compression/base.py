@@ -72,6 +72,16 @@ class Compressor(ABC):
         """Bytes of every payload."""
         return wire_format.num_bytes(self.kind, self.slice.numel, self.slice.dtype, self.tensors)
 
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the tensors of every payload, without a header."""
+        return sum(of.itemsize * count for of, count in self.tensors)
+
+    def payload_of(self, raw: Tensor) -> Payload:
+        """Return the payload whose tensors are the `raw_bytes` bytes of ``raw``, uint8."""
+        tensors = wire_format.split_raw(raw, self.tensors)
+        return Payload(self.kind, self.slice.numel, self.slice.dtype, tensors)
+
     def compress(self, vector: Tensor, seed: int) -> Payload:
         """Compress ``vector``, shape ``(numel,)``, which stays as it is.
 

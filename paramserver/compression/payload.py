@@ -53,13 +53,17 @@ class Payload:
         shapes = [(tensor.dtype, tensor.numel()) for tensor in self.tensors]
         return num_bytes(self.kind, self.numel, self.dtype, shapes)
 
+    @property
+    def raw(self) -> Tensor:
+        """The bytes of all tensors, one after another, for who knows what they are."""
+        return torch.cat([tensor.view(torch.uint8) for tensor in self.tensors])
+
     def to_bytes(self) -> bytes:
         """Write header and tensors."""
         assert sys.byteorder == "little", "tensors travel as they lie in memory"
         shapes = [(tensor.dtype, tensor.numel()) for tensor in self.tensors]
         head = _header(self.kind, self.numel, self.dtype, shapes)
-        raw = [tensor.view(torch.uint8).numpy().tobytes() for tensor in self.tensors]
-        return b"".join([_LENGTH.pack(len(head)), head, *raw])
+        return b"".join([_LENGTH.pack(len(head)), head, self.raw.numpy().tobytes()])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Payload:
@@ -72,18 +76,21 @@ class Payload:
         wanted = at + sum(of.itemsize * count for of, count in shapes)
         if len(data) != wanted:
             raise ProtocolError(f"a payload of {wanted} bytes came as {len(data)}")
-        tensors = []
-        for of, count in shapes:
-            raw = torch.empty(0, dtype=of)
-            if count > 0:
-                raw = torch.frombuffer(bytearray(data[at : at + of.itemsize * count]), dtype=of)
-            tensors.append(raw)
-            at += of.itemsize * count
-        return cls(kind, numel, dtype, tuple(tensors))
+        raw = torch.empty(0, dtype=torch.uint8)
+        if len(data) > at:
+            raw = torch.frombuffer(bytearray(data[at:]), dtype=torch.uint8)
+        return cls(kind, numel, dtype, split_raw(raw, shapes))
 
 
 Shapes = Sequence[tuple[torch.dtype, int]]
 """The dtype and the number of elements of each tensor."""
+
+
+def split_raw(raw: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
+    """Return copies of the tensors that `Payload.raw` has put together."""
+    pieces = raw.split([of.itemsize * count for of, count in shapes])
+    # A copy begins where a tensor of any dtype may.
+    return tuple(p.clone().view(of) for p, (of, _) in zip(pieces, shapes, strict=True))
 
 
 def num_bytes(kind: str, numel: int, dtype: torch.dtype, shapes: Shapes) -> int:

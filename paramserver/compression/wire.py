@@ -145,10 +145,10 @@ class Wire:
         self._seed, self._worker = seed, worker
         slices = [Slice.of(layout, cut) for cut in cuts]
         self._plain_bytes = sum(of.numel * of.dtype.itemsize for of in slices)
-        pushed = [_built(push, of) for of in slices]
+        pushed = [compressor_of(push, of) for of in slices]
         self._pushed: list[Compressor] = [] if push is None else pushed
         self._feedback = [Feedback(c) for c in pushed] if push and push.feedback else []
-        pulled = [_built(pull, of) for of in slices]
+        pulled = [compressor_of(pull, of) for of in slices]
         self._pulled: list[Compressor] = [] if pull is None or pull.feedback else pulled
         self._followed = [Followed(c) for c in pulled] if pull and pull.feedback else []
         self._shown = [torch.empty(of.numel, dtype=of.dtype) for of in slices if self._pulled]
@@ -210,8 +210,9 @@ def wire_bytes(layout: Layout, cuts: Sequence[range], compression: Compression |
     """Return the bytes of one push or pull of all parameters; of the first pull, see `Followed`."""
     if compression is None:
         return layout.num_bytes
-    return sum(compression.build(Slice.of(layout, cut)).num_bytes for cut in cuts)
+    return sum(compressor_of(compression, Slice.of(layout, cut)).num_bytes for cut in cuts)
 
 
-def _built(compression: Compression | None, of: Slice) -> Compressor:
-    return Plain(of) if compression is None else compression.build(of)
+def compressor_of(compression: Compression | None, of: Slice) -> Compressor:
+    """Make what compresses ``of``; there is nothing to compress in an empty slice."""
+    return Plain(of) if compression is None or of.numel == 0 else compression.build(of)
