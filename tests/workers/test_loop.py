@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from async_sgd.rules import Ringmaster
 from paramserver.client import Client
 from paramserver.clipping import Clip, ClipNorm, ClipValue
+from paramserver.compression import COMPRESSIONS, Compression, Wire
 from paramserver.errors import NonFiniteGradientError, TaskError
 from paramserver.layout import Layout
 from paramserver.messages import Message
@@ -65,13 +66,15 @@ class Training:
         clip: Clip | None = None,
         gradient: GradientMode = "reverse",
         local: Local | None = None,
+        compress: Compression | None = None,
+        compress_pull: Compression | None = None,
     ) -> Finished:
         client: Client
         with self.cluster.join(0, incarnation) as client:
             return train(
                 self.task, self.model, self.layout, self.cluster.cuts, client,
                 build_data(self.task).train, batches(self.task), seed=SEED, clip=clip,
-                gradient=gradient, local=local,
+                gradient=gradient, local=local, compress=compress, compress_pull=compress_pull,
             )  # fmt: skip
 
 
@@ -435,3 +438,48 @@ def test_local_steps_are_given_up_between_two_of_them() -> None:
 
     assert len(run.forward) == 1 + 4 * 2  # one of the first four was taken
     assert run.forward[1] == run.forward[0]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("push", "pull"),
+    [("top-k:share=0.1", "bf16"), ("qsgd:levels=7", "int8"), ("powersgd", "top-k:share=0.1")],
+)
+def test_one_compressed_worker_is_the_loop_that_the_paper_has(
+    push: str, pull: str, shards: int
+) -> None:
+    ways = COMPRESSIONS.parse(push), COMPRESSIONS.parse(pull)
+    training = Training(TASK, SGD(lr=0.1), shards=shards)
+    w, cuts = training.layout.flatten(build_model(TASK, SEED)), training.cluster.cuts
+
+    finished = training.run(compress=ways[0], compress_pull=ways[1])
+
+    wire, model = Wire(training.layout, cuts, *ways, seed=SEED, worker=0), build_model(TASK, SEED)
+    examples = build_data(TASK).train
+    for clock in range(STEPS):
+        seen = torch.cat(list(wire.read([w[c.start : c.stop] for c in cuts], clock)))
+        training.layout.load(model.train(), seen)
+        model.zero_grad()
+        torch.manual_seed(step_seed(SEED, 0, clock))
+        TASK.loss(model, examples.batch(batches(TASK).indices(clock))).backward()
+        grads = nn.ParameterDict({str(i): p.grad for i, p in enumerate(model.parameters())})
+        flat = torch.zeros_like(w)
+        for slot, grad in zip(training.layout.slots, grads.values(), strict=True):
+            flat[slot.offset : slot.end] = grad.detach().flatten()
+        wire.push_([flat[c.start : c.stop] for c in cuts], clock)
+        w -= 0.1 * flat
+    torch.testing.assert_close(training.cluster.params(), w, rtol=0, atol=1e-6)
+    assert finished.traffic is not None
+    assert finished.traffic.push == wire.traffic.push
+
+
+def test_a_gradient_that_is_not_finite_leaves_what_was_left_out_as_it_is() -> None:
+    """It is not sent, so the server names it, and the feedback has no NaN in it."""
+
+    def broken(model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model, batch) * math.nan
+
+    training = Training(replace(TASK, loss=broken), SGD())
+
+    with pytest.raises(NonFiniteGradientError, match=r"0\.weight"):
+        training.run(compress=COMPRESSIONS.parse("top-k"))
