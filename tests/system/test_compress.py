@@ -32,7 +32,7 @@ def test_a_compressed_run_replays_bit_for_bit_and_tells_its_bytes(tmp_path: Path
     push, pull = record["traffic"]["push"], record["traffic"]["pull"]
     assert push["count"] >= 60
     assert push["bytes"] < push["plain_bytes"] / 5
-    assert pull["bytes"] < pull["plain_bytes"] / 3
+    assert pull["bytes"] < pull["plain_bytes"] / 2.5  # the first reads are plain
     assert [name for name in outcome(record).columns[0].cells if name.endswith("ed")] == [
         "pushed", "pulled", "dropped",
     ]  # fmt: skip

@@ -450,25 +450,25 @@ def test_one_compressed_worker_is_the_loop_that_the_paper_has(
 ) -> None:
     ways = COMPRESSIONS.parse(push), COMPRESSIONS.parse(pull)
     training = Training(TASK, SGD(lr=0.1), shards=shards)
-    w, cuts = training.layout.flatten(build_model(TASK, SEED)), training.cluster.cuts
+    cuts = training.cluster.cuts
 
     finished = training.run(compress=ways[0], compress_pull=ways[1])
 
-    wire, model = Wire(training.layout, cuts, *ways, seed=SEED, worker=0), build_model(TASK, SEED)
-    examples = build_data(TASK).train
+    model, examples = build_model(TASK, SEED).train(), build_data(TASK).train
+    layout = training.layout
+    wire = Wire(layout, cuts, *ways, seed=SEED, worker=0)
+    w = nn.Parameter(layout.flatten(model), requires_grad=False)
+    rule = SGD(lr=0.1).build([w])
     for clock in range(STEPS):
-        seen = torch.cat(list(wire.read([w[c.start : c.stop] for c in cuts], clock)))
-        training.layout.load(model.train(), seen)
-        model.zero_grad()
+        layout.load(model, torch.cat(list(wire.read([w[c.start : c.stop] for c in cuts], clock))))
         torch.manual_seed(step_seed(SEED, 0, clock))
-        TASK.loss(model, examples.batch(batches(TASK).indices(clock))).backward()
-        grads = nn.ParameterDict({str(i): p.grad for i, p in enumerate(model.parameters())})
-        flat = torch.zeros_like(w)
-        for slot, grad in zip(training.layout.slots, grads.values(), strict=True):
-            flat[slot.offset : slot.end] = grad.detach().flatten()
-        wire.push_([flat[c.start : c.stop] for c in cuts], clock)
-        w -= 0.1 * flat
-    torch.testing.assert_close(training.cluster.params(), w, rtol=0, atol=1e-6)
+        loss = TASK.loss(model, examples.batch(batches(TASK).indices(clock)))
+        g = torch.zeros_like(w)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        torch._foreach_copy_(layout.views(g), list(grads))
+        wire.push_([g[c.start : c.stop] for c in cuts], clock)
+        rule.apply([g])
+    assert torch.equal(training.cluster.params(), w)
     assert finished.traffic is not None
     assert finished.traffic.push == wire.traffic.push
 
