@@ -13,7 +13,7 @@ from sync.collective import Collective
 from sync.desk import Desk
 from sync.trainer import SyncTrainer
 from sync.worker import Finished, Plan, Trainee
-from tests.support.ranks import KINDS, Kind, group, results
+from tests.support.ranks import Kind, group, results
 from workers.batches import Batches
 from workers.config import RunConfig
 from workers.examples import Batch, Data, TensorExamples
@@ -22,6 +22,7 @@ from workers.task import Task, build_data, build_model
 from workers.tasks import task
 
 SEED, BATCH, STEPS = 3, 5, 12
+KINDS: tuple[Kind, ...] = ("shared_memory", "gloo")
 
 
 def squares(model: nn.Module, batch: Batch) -> Tensor:

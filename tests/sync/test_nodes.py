@@ -31,6 +31,11 @@ def test_where_ranks_are_says_what_carries_gradients(nodes: tuple[int, ...], kin
     assert carrier(nodes) == kind
 
 
+def test_compressed_gradients_go_from_rank_to_rank() -> None:
+    assert carrier((0, 0, 1), compressed=True) == "gloo"
+    assert carrier((0, 0), compressed=True) == "shared_memory"
+
+
 @pytest.mark.parametrize("nodes", [NODES, (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 2, 2, 2, 2)])
 def test_each_slice_goes_to_each_other_node_once_and_the_work_is_shared(
     nodes: tuple[int, ...],
