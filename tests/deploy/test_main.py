@@ -455,8 +455,8 @@ def test_a_users_module_that_does_not_import_shows_where(
         (
             "list rule",
             "there is no list of 'rule'; there are tasks, optimizers, rules, dampings, "
-            "compensations, locals, delays, averages, batches, schedules, clips, stoppings, "
-            "curricula, difficulties",
+            "compensations, compressions, locals, delays, averages, batches, schedules, clips, "
+            "stoppings, curricula, difficulties",
         ),
         ("report", "the following arguments are required: DIR"),
         (

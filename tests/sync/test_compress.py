@@ -21,7 +21,7 @@ from workers.gradients import BoundModel
 from workers.task import Task, build_data, build_model
 from workers.tasks import task
 
-SEED, BATCH, STEPS = 3, 5, 12
+SEED, BATCH, STEPS = 3, 5, 6
 KINDS: tuple[Kind, ...] = ("shared_memory", "gloo")
 
 
@@ -87,9 +87,7 @@ def by_hand(name: str, cuts: tuple[range, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "name", ["bf16", "int8", "top-k:share=0.1", "random-k:share=0.5", "sign", "qsgd", "powersgd"]
-)
+@pytest.mark.parametrize("name", ["int8", "top-k:share=0.1", "random-k:share=0.5", "powersgd"])
 def test_ranks_add_up_what_comes_out_of_each_others_gradients(name: str, kind: Kind) -> None:
     reached, finished, cuts = trained(name, kind, world=3)
 
