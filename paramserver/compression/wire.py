@@ -10,9 +10,9 @@ what the worker has of the parameters: it gets nearer to w with every pull, what
 the ones before. Both belong to one life of one worker, stay with it from push to push, whatever it
 reads, and are lost with it. A push that the server drops takes what it carried with it.
 
-Shared memory needs no compression, and what comes through it here is what would have come through a
-wire: compressed and decompressed, with the bytes counted. A transport that sends payloads takes
-them from `Wire.push_`.
+Between workers and shards the vectors still go as they are: what is pushed and read is what would
+have come through a wire, compressed and decompressed, and the bytes counted are those of payloads.
+Over gloo, in synchronous mode, the payloads of `Wire.push_` are what travels.
 
 Random choices follow from the run's seed, the worker, its clock, the shard and the way alone.
 
