@@ -198,9 +198,9 @@ def test_workers_read_the_batches_of_their_stream_one_after_the_other(batched: b
     learning, read = Learning(DIGITS, num_workers=2, updates=12), set()
 
     class Recorded(Samples):
-        def _indices(self, worker: int, number: int, version: int) -> Tensor:
+        def _indices(self, worker: int, number: int, version: int, samples: int) -> Tensor:
             read.add((worker, number))
-            return super()._indices(worker, number, version)
+            return super()._indices(worker, number, version, samples)
 
     learning.samples = partial(  # type: ignore[method-assign]
         Recorded, learning.task, learning.data.train, 8, 2, seed=0

@@ -411,8 +411,8 @@ def batches_read(delay: str, batched: bool = False) -> dict[tuple[int, int], lis
     read: dict[tuple[int, int], list[int]] = {}
 
     class Recorded(Samples):
-        def _indices(self, worker: int, number: int, version: int) -> Tensor:
-            indices = super()._indices(worker, number, version)
+        def _indices(self, worker: int, number: int, version: int, samples: int) -> Tensor:
+            indices = super()._indices(worker, number, version, samples)
             assert read.setdefault((worker, number), indices.tolist()) == indices.tolist()
             return indices
 
