@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from deploy.flags import Parser, UsageError
 
-_NAMES = ("pushpull", "train", "allreduce", "simulate")
+_NAMES = ("pushpull", "train", "allreduce", "simulate", "remote")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -23,9 +23,22 @@ def run(argv: Sequence[str]) -> int:
         help="measure public peers beside it",
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
+    parser.add_argument(
+        "--loopback",
+        action="store_true",
+        help="remote: over this machine's loopback, where it cannot make networks",
+    )
     given = parser.read(argv)
     if given.name not in _NAMES:
         raise UsageError(f"there is no benchmark {given.name!r}; there are {', '.join(_NAMES)}")
+    if given.loopback and given.name != "remote":
+        raise UsageError(f"--loopback is of the benchmark remote; {given.name} uses no network")
     bench = importlib.import_module("deploy.bench")  # here: torch and Ray take seconds
-    code: int = bench.run(given.name, json=given.json, peers=given.peers, quick=given.quick)
+    code: int = bench.run(
+        given.name,
+        json=given.json,
+        peers=given.peers,
+        quick=given.quick,
+        loopback=given.loopback,
+    )
     return code

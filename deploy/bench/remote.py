@@ -1,0 +1,132 @@
+"""Push a gradient over a network, get the parameters back: gRPC beside a plain TCP socket.
+
+Both go from one process to another between two networks with a cable of this machine, in turns, as
+many bytes each way. The socket does nothing with them; ours checks and applies them: plain SGD on
+one shard behind a gateway, the gradient made in its slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import IO
+
+from deploy.bench import namespaces
+from deploy.bench.figures import OURS, Report
+from deploy.bench.namespaces import ADDRESSES, Networks
+from deploy.flags import UsageError
+
+SOCKET, LINK = "TCP socket", "the link itself"
+LINK_BITS_PER_S = 10**9
+
+SIZES = ((2**23, 5), (2**25, 3))
+"""Floats, and repeats a round: 32 MiB and 128 MiB."""
+
+QUICK_SIZES = ((2**16, 2),)
+ROUNDS, QUICK_ROUNDS, SHAPED_ROUNDS = 7, 1, 2
+
+
+def run(report: Report, *, quick: bool, loopback: bool) -> None:
+    """Measure every size, on the bare cable and on one shaped to 1 Gbit/s, and print a table each.
+
+    Raises:
+        UsageError: Networks cannot be made here, and ``loopback`` is not asked for.
+    """
+    sizes, rounds = (QUICK_SIZES, QUICK_ROUNDS) if quick else (SIZES, ROUNDS)
+    if loopback:
+        report.note("over this machine's loopback, not between two networks")
+        for numel, repeats in sizes:
+            _measure(report, None, numel, repeats, rounds)
+        return
+    if (reason := namespaces.why_not()) is not None:
+        raise UsageError(
+            f"bench remote makes two networks on this machine, and cannot: {reason}; measure over "
+            "loopback instead with --loopback"
+        )
+    for numel, repeats in sizes:
+        with namespaces.networks() as networks:
+            _measure(report, networks, numel, repeats, rounds)
+    if not namespaces.can_shape():
+        report.note("no shaped link: tc is not installed (it is iproute2's)")
+        return
+    for numel, repeats in sizes:
+        with namespaces.networks() as networks:
+            networks.shape(LINK_BITS_PER_S)
+            few = (1, QUICK_ROUNDS) if quick else (min(repeats, 2), SHAPED_ROUNDS)
+            _measure(report, networks, numel, *few, bits_per_s=LINK_BITS_PER_S)
+
+
+def _measure(
+    report: Report,
+    networks: Networks | None,
+    numel: int,
+    repeats: int,
+    num_rounds: int,
+    *,
+    bits_per_s: int | None = None,
+) -> None:
+    """Let the contenders take turns, and print their medians' table."""
+    rounds: dict[str, list[float]] = {OURS: [], SOCKET: []}
+    with _ends(networks, numel) as (asking, answers):
+        for _ in range(num_rounds):
+            for contender, name in ((OURS, "ours"), (SOCKET, "socket")):
+                print(
+                    json.dumps({"contender": name, "repeats": repeats}), file=asking, flush=True
+                )
+                rounds[contender].append(median(json.loads(_line(answers))))
+    size, yardsticks = f"{numel * 4 / 2**20:g} MiB each way", [SOCKET]
+    if bits_per_s is not None:
+        size += f", link of {bits_per_s / 1e9:g} Gbit/s"
+        rounds[LINK] = [2 * 4 * 8 * numel / bits_per_s * 1e3]
+        yardsticks.insert(0, LINK)
+    report.show(size, "ms", rounds, yardsticks)
+
+
+@contextmanager
+def _ends(networks: Networks | None, numel: int) -> Iterator[tuple[IO[str], IO[str]]]:
+    """Start both ends; yield where the near one is asked and answers."""
+    host = "127.0.0.1" if networks is None else ADDRESSES["far"]
+    with contextlib.ExitStack() as stack:
+        far = stack.enter_context(_end(networks, "far", (host, str(numel))))
+        told = _line(far.stdout)
+        near = stack.enter_context(_end(networks, "near", (told,)))
+        assert near.stdin is not None
+        assert near.stdout is not None
+        yield near.stdin, near.stdout
+
+
+@contextmanager
+def _end(
+    networks: Networks | None, side: str, words: Sequence[str]
+) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "deploy.bench.remote_ends", side, *words]
+    process = subprocess.Popen(
+        command if networks is None else networks.inside(side, command),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=namespaces.die_with_parent,  # noqa: PLW1509  # asks the kernel for something
+    )
+    try:
+        yield process
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()  # tells it to end
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _line(stream: IO[str] | None) -> str:
+    assert stream is not None
+    line = stream.readline()
+    if not line:
+        raise RuntimeError("one of the two ends has failed; what it said is above")
+    return line
