@@ -75,9 +75,7 @@ def _measure(
     with _ends(networks, numel) as (asking, answers):
         for _ in range(num_rounds):
             for contender, name in ((OURS, "ours"), (SOCKET, "socket")):
-                print(
-                    json.dumps({"contender": name, "repeats": repeats}), file=asking, flush=True
-                )
+                print(json.dumps({"contender": name, "repeats": repeats}), file=asking, flush=True)
                 rounds[contender].append(median(json.loads(_line(answers))))
     size, yardsticks = f"{numel * 4 / 2**20:g} MiB each way", [SOCKET]
     if bits_per_s is not None:

@@ -1,13 +1,14 @@
 """The frames of a stream: messages and their tensors' bytes, checked as they come in.
 
 A tensor's bytes are written into a frame by hand, as its last field, with one copy instead of
-protobuf's three. The encoding is the same.
+protobuf's three, and found in one that comes without any instead of protobuf's six. The encoding is
+the same.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -20,13 +21,37 @@ from paramserver.errors import ProtocolError
 from paramserver.messages import MAX_BYTES, Kind, Message
 from paramserver.transports.schema import Frame, Said
 
+try:
+    from zlib_ng.zlib_ng import crc32  # the same number, at 8.7 GB/s instead of 1.1
+except ImportError:
+    from zlib import crc32
+
 CHUNK_BYTES: Final = 2**20
 """Bytes of tensors in one frame, at most."""
 
 MAX_FRAME_BYTES: Final = CHUNK_BYTES + 2 * MAX_BYTES
 """Largest frame that is read at all."""
 
-_DATA_TAG: Final = bytes([15 << 3 | 2])  # field 15, length-delimited
+_DATA_TAG: Final = 15 << 3 | 2  # field 15, length-delimited
+_MAX_FIELDS: Final = 32
+_FIXED: Final = {1: 8, 5: 4}
+"""Bytes of a field by its wire type; the others tell their length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A frame that has come, as `paramserver.proto` describes it."""
+
+    number: int
+    said: Any
+    """The message that it begins, if it does."""
+    length: int
+    dtype: str
+    offset: int
+    checksum: int
+    bye: bool
+    data: memoryview
+    """Not copied."""
 
 
 def write_message(m: Message, number: int, tensors: Sequence[Tensor] = ()) -> Iterator[bytes]:
@@ -45,9 +70,9 @@ def write_message(m: Message, number: int, tensors: Sequence[Tensor] = ()) -> It
     for part in parts:
         for start in range(0, len(part), CHUNK_BYTES):
             data = part[start : start + CHUNK_BYTES].data
-            frame.offset, frame.checksum = offset, zlib.crc32(data)
+            frame.offset, frame.checksum = offset, crc32(data)
             head = frame.SerializeToString()
-            yield b"".join((head, _DATA_TAG, _varint(len(data)), data))
+            yield b"".join((head, _varint(_DATA_TAG), _varint(len(data)), data))
             frame = Frame(number=number)
             offset += len(data)
     if not offset:
@@ -60,27 +85,70 @@ def write_bye() -> bytes:
     return encoded
 
 
-def read_frame(encoded: bytes) -> Any:
+def read_frame(encoded: bytes) -> Received:
     """Return the frame that ``encoded`` is.
 
     Raises:
         ProtocolError: It is none.
     """
     try:
-        return Frame.FromString(encoded)
-    except DecodeError as error:
+        head, data = _without_data(encoded)
+        frame = Frame.FromString(head)
+    except (DecodeError, IndexError) as error:
         raise ProtocolError("what came is not a frame of this protocol") from error
+    return Received(
+        number=frame.number,
+        said=frame.message if frame.HasField("message") else None,
+        length=frame.length,
+        dtype=frame.dtype,
+        offset=frame.offset,
+        checksum=frame.checksum,
+        bye=frame.bye,
+        data=data,
+    )
 
 
-def read_message(frame: Any) -> Message:
+def _without_data(encoded: bytes) -> tuple[bytes, memoryview]:
+    """Split a frame into its other fields, which protobuf is to read, and its data.
+
+    Raises:
+        IndexError: A field has no end, or is of a kind that no frame has.
+        ProtocolError: There are more fields than a frame has.
+    """
+    data, kept, at = memoryview(b""), [], 0
+    for _ in range(_MAX_FIELDS):
+        if at == len(encoded):
+            return b"".join(kept), data
+        start = at
+        tag, at = _read_varint(encoded, at)
+        if (wire := tag & 7) == 0:
+            _, at = _read_varint(encoded, at)
+        elif wire == 2:
+            length, at = _read_varint(encoded, at)
+            if at + length > len(encoded):
+                raise IndexError(length)
+            if tag == _DATA_TAG:
+                data = memoryview(encoded)[at : at + length]
+                at += length
+                continue
+            at += length
+        elif wire in _FIXED:
+            at += _FIXED[wire]
+        else:
+            raise IndexError(wire)
+        kept.append(encoded[start:at])
+    raise ProtocolError(f"a frame has {_MAX_FIELDS} fields at most")
+
+
+def read_message(frame: Received) -> Message:
     """Return the message that ``frame`` begins.
 
     Raises:
         ProtocolError: There is none, no such kind or action, or its text is too long.
     """
-    if not frame.HasField("message"):
+    said = frame.said
+    if said is None:
         raise ProtocolError(f"frame {frame.number} begins no message")
-    said = frame.message
     if not Kind.HELLO <= said.kind <= Kind.PARTIAL or said.action > 255:
         raise ProtocolError(f"there is no message kind {said.kind} with action {said.action}")
     if len(said.text.encode()) > MAX_BYTES // 2:
@@ -91,7 +159,7 @@ def read_message(frame: Any) -> Message:
 class Filling:
     """The tensors of one message, as far as they have come."""
 
-    def __init__(self, frame: Any, message: Message, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, frame: Received, message: Message, tensors: Sequence[Tensor]) -> None:
         """Take what ``frame`` announces into ``tensors``.
 
         Raises:
@@ -117,7 +185,7 @@ class Filling:
         """Whether all bytes are here."""
         return self._offset == self._length
 
-    def add(self, frame: Any) -> None:
+    def add(self, frame: Received) -> None:
         """Copy what a frame brings to its place.
 
         Raises:
@@ -133,7 +201,7 @@ class Filling:
                 f"bytes {frame.offset:,} to {frame.offset + len(data):,} of message {self.number} "
                 f"came; {self._offset:,} to at most {self._length:,} were expected"
             )
-        if frame.checksum != zlib.crc32(frame.data):
+        if frame.checksum != crc32(frame.data):
             raise ProtocolError(
                 f"message {self.number} was altered on its way: its checksum differs"
             )
@@ -162,3 +230,15 @@ def _varint(value: int) -> bytes:
         value >>= 7
     encoded.append(value)
     return bytes(encoded)
+
+
+def _read_varint(encoded: bytes, at: int) -> tuple[int, int]:
+    """Return the number that begins at ``at``, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = encoded[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            break
+    return value, at
