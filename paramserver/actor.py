@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from paramserver.errors import ServerTimeoutError
+from paramserver.freed_memory import keep_freed_memory
 from paramserver.ledger import Ledger
 from paramserver.messages import Kind, Message
 from paramserver.progress import Progress
@@ -176,6 +177,7 @@ class GatewayServer:
     def __init__(self, config: GatewayConfig) -> None:
         """Keep what `start` needs: Ray hides what a constructor raises."""
         torch.set_num_threads(1)
+        keep_freed_memory()
         self._config = config
         self._gateway: Gateway | None = None
 

@@ -11,6 +11,7 @@ import ray
 import torch
 
 from paramserver.checkpoint import OptimizerState, scatter_state
+from paramserver.freed_memory import keep_freed_memory
 from paramserver.layout import Layout
 from paramserver.rounds import build_program
 from sync import mesh, shared
@@ -22,7 +23,6 @@ from sync.nodes import meet
 from sync.rounds import RoundTrainee
 from sync.shared import SharedMemory
 from sync.worker import Finished, Plan, Trainee
-from workers.actor import keep_freed_memory
 from workers.examiner import Examined, Examiner, Keep, Looks
 from workers.examples import Examples
 from workers.oracles import Oracle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from paramserver.client import Client
 from paramserver.clipping import Clip
 from paramserver.compression import Compression
 from paramserver.errors import ParamServerError
+from paramserver.freed_memory import keep_freed_memory
 from paramserver.layout import Layout
 from paramserver.messages import Kind, Message
 from paramserver.optimizers.push_form import PushForm
@@ -240,18 +240,6 @@ class Evaluator:
         examined = self._examiner.examine(reading.version, reading.params, keep)
         self._client.release()
         return examined
-
-
-def keep_freed_memory() -> None:
-    """Make malloc use a freed gradient's memory again instead of giving it back to the system.
-
-    By default glibc maps every large tensor afresh, and each step pays for its page faults.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 WorkerActor = ray.remote(max_restarts=0, max_task_retries=0)(Worker)

@@ -41,7 +41,11 @@ class Networks:
         """
         rate = ["rate", f"{bits_per_s}bit", "burst", "256kb", "latency", "50ms"]
         for side in self._pids:
-            _run(self.inside(side, [_tool("tc"), *"qdisc add dev cable root tbf".split(), *rate]))
+            _run(
+                self.inside(
+                    side, [_tool("tc"), *["qdisc", "add", "dev", "cable", "root", "tbf"], *rate]
+                )
+            )
 
 
 def why_not() -> str | None:
@@ -51,7 +55,7 @@ def why_not() -> str | None:
     missing = [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]
     if missing:
         return f"{', '.join(missing)} not installed (ip is iproute2's)"
-    tried = subprocess.run(
+    tried = subprocess.run(  # noqa: S603  # words of our own
         [_tool("unshare"), "--net", "true"], check=False, capture_output=True, text=True
     )
     return None if tried.returncode == 0 else f"not allowed here: {tried.stderr.strip()}"
@@ -92,7 +96,7 @@ def networks() -> Iterator[Networks]:
 
 
 def _unshared() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603  # words of our own
         [_tool("unshare"), "--net", "sleep", "infinity"],
         stdin=subprocess.DEVNULL,
         preexec_fn=die_with_parent,  # noqa: PLW1509  # it only asks the kernel for something
@@ -117,7 +121,7 @@ def _wait_for_network(pid: int) -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[4:])} failed: {done.stderr.strip()}")
 

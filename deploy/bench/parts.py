@@ -13,7 +13,8 @@ from deploy.bench.processes import STARTUP_S, Processes, ask
 from deploy.bench.pushpull_peers import MemoryLimit
 from deploy.bench.work import Trainee
 from paramserver.client import Client, Ended, Reading
-from workers.actor import Servers, keep_freed_memory
+from paramserver.freed_memory import keep_freed_memory
+from workers.actor import Servers
 from workers.gradients import BoundModel
 from workers.task import Task
 

@@ -103,7 +103,7 @@ def _end(
     networks: Networks | None, side: str, words: Sequence[str]
 ) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "deploy.bench.remote_ends", side, *words]
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603  # words of our own
         command if networks is None else networks.inside(side, command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -25,6 +25,7 @@ from deploy.bench.processes import STARTUP_S, timed
 from deploy.bench.work import synthetic_gradient
 from paramserver.actor import ShardServer
 from paramserver.client import Client
+from paramserver.freed_memory import keep_freed_memory
 from paramserver.messages import Kind, Message
 from paramserver.optimizers import SGD
 from paramserver.sequencer import Sequencer
@@ -33,11 +34,10 @@ from paramserver.transports.gateway import Gateway, GatewayConfig
 from paramserver.transports.grpc_connection import GrpcConnection
 from paramserver.transports.remote import Remote
 
-OURS, SOCKET = "ours", "socket"
-
 
 def far(host: str, numel: int) -> None:
     """Serve a shard over gRPC, and a socket, until standard input ends."""
+    keep_freed_memory()
     address, token = f"bench-{secrets.token_hex(6)}", secrets.token_hex(8)
     config = ShardConfig(
         index=0,
@@ -92,6 +92,7 @@ def serve_shard(config: ShardConfig, numel: int, ready: Any) -> None:
 def near(told: dict[str, Any]) -> None:
     """Measure what standard input asks for, a contender and repeats a line."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     gradient = synthetic_gradient((told["numel"],))
     with (
         _client(told) as client,
@@ -105,7 +106,7 @@ def near(told: dict[str, Any]) -> None:
             plain.sendall(gradient.numpy())
             _receive(plain, memoryview(received).cast("B"))
 
-        contenders: dict[str, Callable[[], object]] = {OURS: client.push, SOCKET: exchange}
+        contenders: dict[str, Callable[[], object]] = {"ours": client.push, "socket": exchange}
         for line in sys.stdin:
             asked = json.loads(line)
             times = timed(contenders[asked["contender"]], asked["repeats"])

@@ -13,7 +13,7 @@ from deploy.bench.ray_pattern import (
     model_factory,
 )
 from deploy.bench.work import Meter, Trainee, momentum_sgd
-from workers.actor import keep_freed_memory
+from paramserver.freed_memory import keep_freed_memory
 from workers.task import Task
 
 Rate = Callable[[Task, float, float], float]

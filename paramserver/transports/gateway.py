@@ -21,10 +21,11 @@ import grpc
 import torch
 
 from paramserver.client import Client
-from paramserver.errors import ParamServerError, ProtocolError, ResourceError
+from paramserver.errors import ParamServerError, ResourceError
 from paramserver.messages import Kind, Message
 from paramserver.transports import schema
 from paramserver.transports.admission import Places, Rate, check, refuse
+from paramserver.transports.conversations import Conversations
 from paramserver.transports.frames import write_message
 from paramserver.transports.link import Link
 from paramserver.transports.remote import (
@@ -118,20 +119,27 @@ class Gateway:
         self.config = config
         self.address = config.listen
         self._token = config.token.encode()
-        self._sessions: dict[bytes, Session] = {}
-        self._opening: set[bytes] = set()
-        self._lock = threading.Lock()  # of the two above, the guests, and what is counted
+        self._lock = threading.Lock()  # of the guests, and what is counted
+        self._conversations = Conversations(
+            self._connect,
+            num_shards=len(config.shards),
+            limit=config.num_clients,
+            linger_s=config.linger_s,
+        )
         self._counted = dict.fromkeys(("messages", "refused", "received_bytes", "sent_bytes"), 0)
         self._calls = Rate(config.calls_per_s)
         first = config.first_guest
         reserved_s = config.timeout_s
-        self._workers = Places(range(first, first + config.guests), self._is_used, reserved_s)
-        self._readers = Places(range(-2, -2 - config.guests, -1), self._is_used, reserved_s)
+        self._workers = Places(
+            range(first, first + config.guests), self._conversations.has, reserved_s
+        )
+        self._readers = Places(
+            range(-2, -2 - config.guests, -1), self._conversations.has, reserved_s
+        )
         self._incarnation = int(time.time())  # later than any of an earlier run of this record
         self._snapshots: Client | None = None
         self._snapshot_lock = threading.Lock()  # of the reader above
         self._server: grpc.Server | None = None
-        self._closing = threading.Event()
 
     def start(self) -> str:
         """Listen; return the address, with the port that was taken.
@@ -180,23 +188,21 @@ class Gateway:
             logger.warning("listening in clear text at %s", self.address)
         server.start()
         self._server = server
-        threading.Thread(target=self._clear_up, name="gateway-clearing", daemon=True).start()
+        self._conversations.start()
         return self.address
 
     def close(self) -> None:
         """End every conversation. Twice is harmless."""
-        self._closing.set()
         if self._server is not None:
             self._server.stop(0).wait(_CLOSE_S)
-        for session in list(self._sessions.values()):
-            session.close()
+        self._conversations.close()
         if self._snapshots is not None:
             self._snapshots.close()
 
     def counted(self) -> dict[str, int]:
         """Return how much has come, gone, and been refused."""
         with self._lock:
-            return {**self._counted, "clients": len(self._sessions)}
+            return {**self._counted, "clients": len(self._conversations)}
 
     def _admit(self, context: grpc.ServicerContext) -> dict[str, str | bytes]:
         """Return a call's metadata if it may be made, or end it."""
@@ -275,7 +281,7 @@ class Gateway:
     def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         metadata = self._admit(context)
         try:
-            session, received = self._session(metadata)
+            session, received = self._conversations.take_up(metadata)
         except ParamServerError as error:
             self._count(refused=1)
             refuse(context, error)
@@ -289,7 +295,7 @@ class Gateway:
             self._count(sent_bytes=len(frame))
             yield frame
         if session.is_over:
-            self._end(session)
+            self._conversations.end(session)
 
     def _listen(self, frames: Iterator[bytes], session: Session, stream: int) -> None:
         rate = Rate(self.config.frames_per_s)
@@ -308,41 +314,6 @@ class Gateway:
         else:  # the client says no more, and has not said that it leaves
             session.detach(stream)
 
-    def _session(self, metadata: dict[str, str | bytes]) -> tuple[Session, int]:
-        """Return the session a stream is for, and the number of the last message it has brought."""
-        name = metadata.get("paramserver-session-bin", b"")
-        numbers = [_number(metadata, key) for key in ("shard", "worker", "incarnation", "received")]
-        shard, worker, incarnation, received = numbers
-        if not isinstance(name, bytes) or len(name) != 16:
-            raise ProtocolError("a session's name has 16 bytes")
-        if not 0 <= shard < len(self.config.shards):
-            raise ProtocolError(f"there are {len(self.config.shards)} shards, and none is {shard}")
-        hello = Message(Kind.HELLO, worker=worker, incarnation=incarnation)
-        with self._lock:
-            session = self._sessions.get(name)
-            if session is not None:
-                if session.hello[:4] != hello[:4] or session.shard != shard:
-                    raise ProtocolError("this session is another client's")
-                return session, received
-            if name in self._opening:
-                raise ResourceError("this session is being opened already")
-            if len(self._sessions) + len(self._opening) >= self.config.num_clients:
-                raise ResourceError(
-                    f"{self.config.num_clients} conversations are open, as many as there may be: "
-                    "start the run with more clients"
-                )
-            self._opening.add(name)
-        try:
-            model = metadata.get("paramserver-model-bin", b"")
-            fingerprint = model[:64].decode(errors="replace") if isinstance(model, bytes) else ""
-            session = Session(self._connect(shard, hello, fingerprint), hello)
-            with self._lock:
-                self._sessions[name] = session
-        finally:
-            with self._lock:
-                self._opening.discard(name)
-        return session, 0
-
     def _connect(
         self, shard: int, hello: Message, fingerprint: str | None = None
     ) -> SharedMemoryConnection:
@@ -358,25 +329,6 @@ class Gateway:
             timeout_s=c.timeout_s,
         )
 
-    def _is_used(self, worker: int) -> bool:
-        return any(session.hello.worker == worker for session in self._sessions.values())
-
-    def _end(self, session: Session) -> None:
-        session.close()
-        with self._lock:
-            self._sessions = {n: s for n, s in self._sessions.items() if s is not session}
-
-    def _clear_up(self) -> None:
-        """Now and then end sessions whose clients have been away for too long."""
-        while not self._closing.wait(min(1.0, self.config.linger_s / 4)):
-            for session in list(self._sessions.values()):
-                away = session.detached_at
-                if session.is_over and away is not None:
-                    self._end(session)
-                elif away is not None and time.monotonic() - away > self.config.linger_s:
-                    logger.warning("worker %d did not come back", session.hello.worker)
-                    self._end(session)
-
     def _count(self, **more: int) -> None:
         with self._lock:
             for name, value in more.items():
@@ -386,14 +338,3 @@ class Gateway:
 def _encoded(message: Any) -> bytes:
     encoded: bytes = message.SerializeToString()
     return encoded
-
-
-def _number(metadata: dict[str, str | bytes], key: str) -> int:
-    text = metadata.get(f"paramserver-{key}", "")
-    try:
-        number = int(str(text)[:24])
-    except ValueError:
-        raise ProtocolError(f"paramserver-{key} must be a whole number") from None
-    if not -(2**31) <= number < 2**31:
-        raise ProtocolError(f"paramserver-{key} is out of range")
-    return number

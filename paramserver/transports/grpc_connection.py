@@ -5,7 +5,8 @@ read granted in the place of a cancelled one comes into the other of two buffers
 as it is until the next one is asked for.
 
 A stream that breaks is opened again while an answer is waited for, and what was not answered is
-sent once more; the shard does it once.
+sent once more; the shard does it once. Where nobody listens any more there is nothing to wait for:
+a gateway that has ended does not come back in its run.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class GrpcConnection:
         self._stream.outgoing.put(message)
 
     def _check_broken(self, doing: str, timeout_s: float) -> None:
-        """Raise unless the stream ended because the network broke."""
+        """Raise unless the stream ended because the network broke, and somebody may be there."""
         error = self._stream.error
         if error is None:
             raise ServerLostError(self.shard, doing)
@@ -180,6 +181,9 @@ class GrpcConnection:
             raise error
         if error.code() not in _BROKEN:
             self._remote.raise_named(error, self.shard, doing, timeout_s)
+        if self._remote.is_deserted():
+            where = f"{doing} at {self._remote.address} (its gateway has ended)"
+            raise ServerLostError(self.shard, where) from error
 
     def _open(self) -> _Stream:
         """Begin a stream, and a thread that reads from it."""

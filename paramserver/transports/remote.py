@@ -168,6 +168,22 @@ class Remote:
         reason = self._why_not() or details.rpartition(": ")[2] or code.name.lower()
         raise ServerLostError(shard, f"{doing} at {self.address} ({reason})") from error
 
+    def is_deserted(self) -> bool:
+        """Whether its machine answers that nobody listens there; one that is cut off does not."""
+        try:
+            if self.address.startswith(_UNIX):
+                kind, _, name = self.address.partition(":")
+                with socket.socket(socket.AF_UNIX) as plain:
+                    plain.settimeout(_HANDSHAKE_S)
+                    plain.connect(name if kind == "unix" else f"\0{name}")
+            else:
+                socket.create_connection(split_address(self.address), _HANDSHAKE_S).close()
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except OSError:
+            return False
+        return False
+
     def _why_not(self) -> str | None:
         """Try a connection without gRPC, which says little of why one fails."""
         if self.address.startswith(_UNIX):

@@ -20,7 +20,7 @@ from async_sgd.rules import Pieces
 from paramserver.client import Client, Ended
 from paramserver.errors import CurvatureError
 from paramserver.rounds import Answer, Ask, Round, RoundProgram, Sample, Step, dots, minimise
-from tests.support.clusters import Cluster, MemoryCluster, SharedMemoryCluster
+from tests.support.clusters import Cluster, GrpcCluster, MemoryCluster, SharedMemoryCluster
 from workers.pieces import answer
 from workers.samples import Piece, indices
 
@@ -144,9 +144,10 @@ def test_one_worker_in_one_process_ends_where_the_program_alone_does(shards: int
         assert set(run.column("staleness")) == {0}
 
 
+@pytest.mark.parametrize("make", [SharedMemoryCluster, GrpcCluster])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_two_workers_end_where_the_program_alone_does(shards: int) -> None:
-    with cluster(SharedMemoryCluster, shards) as run:
+def test_two_workers_end_where_the_program_alone_does(make: type[Cluster], shards: int) -> None:
+    with cluster(make, shards) as run:
         failures = together(run, [Quadratics(), Quadratics()])
 
         assert not failures
@@ -155,10 +156,13 @@ def test_two_workers_end_where_the_program_alone_does(shards: int) -> None:
         assert run.sequencer.samples == EXAMPLES * ROUNDS
 
 
+@pytest.mark.parametrize("make", [SharedMemoryCluster, GrpcCluster])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_worker_that_stops_answering_is_copied_and_changes_nothing(shards: int) -> None:
+def test_a_worker_that_stops_answering_is_copied_and_changes_nothing(
+    make: type[Cluster], shards: int
+) -> None:
     release = threading.Event()
-    with cluster(SharedMemoryCluster, shards) as run:
+    with cluster(make, shards) as run:
         failures: list[BaseException] = []
         stuck = threading.Thread(target=work, args=(run, 0, Quadratics(slow=release), failures))
         stuck.start()

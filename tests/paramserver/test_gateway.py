@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -398,3 +399,62 @@ def retry_until_there_is_a_network(client: Client) -> None:
     for _ in range(50):
         with contextlib.suppress(ServerTimeoutError):
             client.retry()
+
+
+@pytest.mark.long
+def test_a_network_cut_for_five_seconds_costs_five_seconds_and_no_push(
+    wired: tuple[GrpcCluster, Wire],
+) -> None:
+    cluster, wire = wired
+    client = cluster.join(0, wait_s=30.0)
+    client.first_read()
+    push(client)
+    wire.cut()
+    threading.Timer(5.0, wire.mend).start()
+    since = time.monotonic()
+
+    push(client)
+
+    assert 5.0 <= time.monotonic() - since < 10.0
+    assert torch.equal(push(client), torch.full((NUMEL,), -3.0))
+    assert cluster.column("seq") == [1, 2, 3]
+    assert cluster.sequencer.conservation.holds
+    client.close()
+
+
+@pytest.mark.long
+def test_a_network_cut_for_ever_ends_by_name_and_what_was_pushed_stays_applied_once(
+    wired: tuple[GrpcCluster, Wire],
+) -> None:
+    cluster, wire = wired
+    client = cluster.join(0, wait_s=6.0)
+    client.first_read()
+    push(client)
+    wire.cut()
+    write(client, 1.0)
+
+    with pytest.raises(ServerTimeoutError, match=r"shard 1 did not answer within 6\.0 s"):
+        client.push(norm=1.0)
+
+    with pytest.raises(ServerTimeoutError, match="shard 1"):
+        client.retry()
+    assert cluster.column("seq") == [1]
+    assert cluster.sequencer.conservation.holds
+    assert torch.equal(cluster.params(), torch.full((NUMEL,), -1.0))
+    client.close()
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", f"unix-abstract:deserted-{os.getpid()}"])
+def test_a_gateway_that_has_ended_is_named_at_once(listen: str) -> None:
+    with start(listen=listen) as cluster:
+        client = cluster.join(0, wait_s=60.0)
+        client.first_read()
+        push(client)
+        cluster.gateway.close()
+        since = time.monotonic()
+
+        with pytest.raises(ServerLostError, match=r"shard \d .*its gateway has ended"):
+            push(client)
+
+        assert time.monotonic() - since < 5.0
+        assert cluster.column("seq") == [1]

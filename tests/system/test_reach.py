@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from async_sgd import AsyncTrainer
-from paramserver.errors import ResourceError
+from paramserver.errors import ResourceError, RunFailedError
 from paramserver.layout import Layout
 from paramserver.optimizers import Adam
 from paramserver.reach import Reach
@@ -48,6 +51,33 @@ def test_workers_train_over_grpc_when_told_to_and_nothing_is_left(tmp_path: Path
 
     assert result.metrics["accuracy"] > 0.9
     assert not (tmp_path / "run" / "connect.json").exists()
+
+
+def test_a_run_whose_gateway_is_lost_ends_once_by_name_with_a_complete_record(
+    tmp_path: Path,
+) -> None:
+    killed: list[int] = []
+
+    def kill(status: Mapping[str, Any]) -> None:
+        if killed or status["updates"] < 20:
+            return
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::GatewayServer"):
+                killed.append(process.pid)
+                process.kill()
+
+    config = RunConfig(workers=2, epochs=10_000, evaluate_every_s=0.0, out=tmp_path / "run")
+    reach = Reach(transport="grpc")
+    trainer = AsyncTrainer(task("digits"), Adam(), config, reach=reach, progress=kill)
+
+    with pytest.raises(RunFailedError, match=r"shard 0 .*its gateway has ended") as failed:
+        trainer.fit()
+
+    assert len(killed) == 1
+    assert failed.value.record == str(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "its gateway has ended" in summary["reason"]
+    assert (tmp_path / "run" / "updates.npz").exists()
 
 
 def test_a_guest_joins_over_mutual_tls_without_ray(tmp_path: Path) -> None:

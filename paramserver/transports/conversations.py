@@ -1,0 +1,117 @@
+"""The conversations that a gateway has: which are open, who may take one up, when one has ended."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from paramserver.errors import ProtocolError, ResourceError
+from paramserver.messages import Kind, Message
+from paramserver.transports.sessions import Session
+from paramserver.transports.shared_memory import SharedMemoryConnection
+
+logger = logging.getLogger(__name__)
+
+Connect = Callable[[int, Message, str], SharedMemoryConnection]
+"""Says a client's hello, which brings the fingerprint of its layout, to a shard."""
+
+
+class Conversations:
+    """Sessions by their names; a thread of its own ends those whose clients stay away."""
+
+    def __init__(self, connect: Connect, *, num_shards: int, limit: int, linger_s: float) -> None:
+        """Have ``limit`` at most; one without a stream ends after ``linger_s``."""
+        self._connect, self._num_shards = connect, num_shards
+        self._limit, self._linger_s = limit, linger_s
+        self._sessions: dict[bytes, Session] = {}
+        self._opening: set[bytes] = set()
+        self._lock = threading.Lock()  # of the two above
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        """Look after them until `close`."""
+        threading.Thread(target=self._clear_up, name="gateway-clearing", daemon=True).start()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def has(self, worker: int) -> bool:
+        """Whether one of them is ``worker``'s."""
+        return any(session.hello.worker == worker for session in list(self._sessions.values()))
+
+    def take_up(self, metadata: dict[str, str | bytes]) -> tuple[Session, int]:
+        """Return the session a stream is for, and the number of the last message it has brought.
+
+        Raises:
+            ProtocolError: The stream does not say what for, or not what it said before.
+            ResourceError: There are too many.
+            ParamServerError: The shard refuses the client.
+        """
+        name = metadata.get("paramserver-session-bin", b"")
+        numbers = [_number(metadata, key) for key in ("shard", "worker", "incarnation", "received")]
+        shard, worker, incarnation, received = numbers
+        if not isinstance(name, bytes) or len(name) != 16:
+            raise ProtocolError("a session's name has 16 bytes")
+        if not 0 <= shard < self._num_shards:
+            raise ProtocolError(f"there are {self._num_shards} shards, and none is {shard}")
+        hello = Message(Kind.HELLO, worker=worker, incarnation=incarnation)
+        with self._lock:
+            session = self._sessions.get(name)
+            if session is not None:
+                if session.hello[:4] != hello[:4] or session.shard != shard:
+                    raise ProtocolError("this session is another client's")
+                return session, received
+            if name in self._opening:
+                raise ResourceError("this session is being opened already")
+            if len(self._sessions) + len(self._opening) >= self._limit:
+                raise ResourceError(
+                    f"{self._limit} conversations are open, as many as there may be: "
+                    "start the run with more clients"
+                )
+            self._opening.add(name)
+        try:
+            model = metadata.get("paramserver-model-bin", b"")
+            fingerprint = model[:64].decode(errors="replace") if isinstance(model, bytes) else ""
+            session = Session(self._connect(shard, hello, fingerprint), hello)
+            with self._lock:
+                self._sessions[name] = session
+        finally:
+            with self._lock:
+                self._opening.discard(name)
+        return session, 0
+
+    def end(self, session: Session) -> None:
+        """Give a client's place back; who sees that it left sees it counted no more."""
+        with self._lock:
+            self._sessions = {n: s for n, s in self._sessions.items() if s is not session}
+        session.close()
+
+    def close(self) -> None:
+        """End all of them. Twice is harmless."""
+        self._closing.set()
+        for session in list(self._sessions.values()):
+            session.close()
+
+    def _clear_up(self) -> None:
+        """Now and then end sessions whose clients have been away for too long."""
+        while not self._closing.wait(min(1.0, self._linger_s / 4)):
+            for session in list(self._sessions.values()):
+                away = session.detached_at
+                if session.is_over and away is not None:
+                    self.end(session)
+                elif away is not None and time.monotonic() - away > self._linger_s:
+                    logger.warning("worker %d did not come back", session.hello.worker)
+                    self.end(session)
+
+
+def _number(metadata: dict[str, str | bytes], key: str) -> int:
+    text = metadata.get(f"paramserver-{key}", "")
+    try:
+        number = int(str(text)[:24])
+    except ValueError:
+        raise ProtocolError(f"paramserver-{key} must be a whole number") from None
+    if not -(2**31) <= number < 2**31:
+        raise ProtocolError(f"paramserver-{key} is out of range")
+    return number
