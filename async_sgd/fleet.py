@@ -353,6 +353,7 @@ class Fleet:
             self._drain,
             self._evaluate_last,
             self._checkpoint,
+            self._status,  # pushes that came after the last look count, too
             summarise,
         ):
             try:

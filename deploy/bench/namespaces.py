@@ -27,11 +27,12 @@ class Networks:
     """The two networks; `networks` makes them."""
 
     def __init__(self, pids: dict[str, int]) -> None:
-        self._pids = pids
+        self.pids = pids
+        """Of the process of each."""
 
     def inside(self, side: str, command: Sequence[str]) -> list[str]:
         """Return the command that runs ``command`` in the network ``near`` or ``far``."""
-        return [_tool("nsenter"), "--target", str(self._pids[side]), "--net", *command]
+        return [_tool("nsenter"), "--target", str(self.pids[side]), "--net", *command]
 
     def shape(self, bits_per_s: int) -> None:
         """Let no more than ``bits_per_s`` through the cable, each way.
@@ -40,7 +41,7 @@ class Networks:
             RuntimeError: The kernel has no token bucket, or ``tc`` failed otherwise.
         """
         rate = ["rate", f"{bits_per_s}bit", "burst", "256kb", "latency", "50ms"]
-        for side in self._pids:
+        for side in self.pids:
             _run(
                 self.inside(
                     side, [_tool("tc"), *["qdisc", "add", "dev", "cable", "root", "tbf"], *rate]

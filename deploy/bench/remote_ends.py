@@ -30,6 +30,7 @@ from paramserver.messages import Kind, Message
 from paramserver.optimizers import SGD
 from paramserver.sequencer import Sequencer
 from paramserver.shard_config import ShardConfig
+from paramserver.transports.frames import as_bytes
 from paramserver.transports.gateway import Gateway, GatewayConfig
 from paramserver.transports.grpc_connection import GrpcConnection
 from paramserver.transports.remote import Remote
@@ -100,11 +101,11 @@ def near(told: dict[str, Any]) -> None:
     ):
         client.first_read()
         client.slots[0].copy_(gradient)
-        received = np.zeros_like(gradient.numpy())
+        received = as_bytes(torch.zeros_like(gradient))
 
         def exchange() -> None:
-            plain.sendall(gradient.numpy())
-            _receive(plain, memoryview(received).cast("B"))
+            plain.sendall(as_bytes(gradient).data)
+            _receive(plain, received.data)
 
         contenders: dict[str, Callable[[], object]] = {"ours": client.push, "socket": exchange}
         for line in sys.stdin:

@@ -115,7 +115,8 @@ def _without_data(encoded: bytes) -> tuple[bytes, memoryview]:
         IndexError: A field has no end, or is of a kind that no frame has.
         ProtocolError: There are more fields than a frame has.
     """
-    data, kept, at = memoryview(b""), [], 0
+    kept: list[bytes] = []
+    data, at = memoryview(b""), 0
     for _ in range(_MAX_FIELDS):
         if at == len(encoded):
             return b"".join(kept), data

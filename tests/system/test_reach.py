@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from async_sgd import AsyncTrainer
 from paramserver.errors import ResourceError, RunFailedError
 from paramserver.layout import Layout
+from paramserver.ledger import Ledger
 from paramserver.optimizers import Adam
 from paramserver.reach import Reach
 from paramserver.transports.remote import split_address
 from tests.support.certificates import Authority
+from tests.support.processes import kill_and_wait, titled
 from workers.config import RunConfig
 from workers.task import build_model
 from workers.tasks import task
@@ -61,10 +62,9 @@ def test_a_run_whose_gateway_is_lost_ends_once_by_name_with_a_complete_record(
     def kill(status: Mapping[str, Any]) -> None:
         if killed or status["updates"] < 20:
             return
-        for process in psutil.Process().children(recursive=True):
-            if process.name().startswith("ray::GatewayServer"):
-                killed.append(process.pid)
-                process.kill()
+        for pid in titled("ray::GatewayServer"):
+            kill_and_wait(pid)
+            killed.append(pid)
 
     config = RunConfig(workers=2, epochs=10_000, evaluate_every_s=0.0, out=tmp_path / "run")
     reach = Reach(transport="grpc")
@@ -75,9 +75,12 @@ def test_a_run_whose_gateway_is_lost_ends_once_by_name_with_a_complete_record(
 
     assert len(killed) == 1
     assert failed.value.record == str(tmp_path / "run")
-    summary = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert "its gateway has ended" in summary["reason"]
-    assert (tmp_path / "run" / "updates.npz").exists()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "its gateway has ended" in result["stopped_because"]
+    assert result["updates"] >= 20
+    assert (
+        len(Ledger.load(tmp_path / "run" / "updates.npz").columns()["seq"]) == result["gradients"]
+    )
 
 
 def test_a_guest_joins_over_mutual_tls_without_ray(tmp_path: Path) -> None:
