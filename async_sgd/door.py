@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from paramserver.actor import OWN_ADDRESS, GatewayActor
-from paramserver.errors import ServerTimeoutError
+from paramserver.errors import ResourceError, ServerTimeoutError
 from paramserver.reach import Reach
 from workers.actor import Servers
+from workers.reservation import Share
 
 if TYPE_CHECKING:
     from paramserver.transports.remote import Identity
+
+logger = logging.getLogger(__name__)
 
 _FILE = "connect.json"
 
@@ -27,15 +31,26 @@ class Door:
     """Closed unless the run's reach, or its nodes, ask for it to be open."""
 
     def __init__(self, reach: Reach, cluster: str | None) -> None:
-        """Look how many nodes there are in ``cluster``; None is Ray on this machine."""
+        """Look how many nodes there are in ``cluster``; None is Ray on this machine.
+
+        Raises:
+            ResourceError: Workers on other nodes could not come in, or only in clear text.
+        """
         self._reach = reach
         nodes = 1 if cluster is None else sum(bool(node["Alive"]) for node in ray.nodes())
-        self._is_far = nodes > 1
+        self._is_far = nodes > 1 and reach.transport != "shared-memory"
         self.is_needed = reach.needs_gateway(nodes)
         """Whether somebody may come who shares no memory with the shards."""
+        if self._is_far:
+            self._check_far(nodes)
         self._actor: Any = None
         self._told: Path | None = None
         self._servers: Servers | None = None
+
+    @property
+    def share(self) -> Share:
+        """Which of the run's processes must be on one node."""
+        return "servers" if self._is_far else "all"
 
     @property
     def num_places(self) -> int:
@@ -109,6 +124,17 @@ class Door:
         with os.fdopen(file, "w", encoding="utf-8") as opened:
             json.dump(told, opened)
 
+    def summary(self, timeout_s: float) -> dict[str, Any]:
+        """Return what the run's record says of the gateway; nothing if there is none."""
+        if self._servers is None or self._servers.remote is None:
+            return {}
+        try:
+            told = ray.get(self._actor.summary.remote(), timeout=timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            logger.warning("the gateway does not say who came: %s", type(error).__name__)
+            return {}
+        return {"gateway": {"address": self._servers.remote.address, **told}}
+
     def close(self) -> None:
         """Stop to listen. Twice is harmless."""
         if self._told is not None:
@@ -118,6 +144,21 @@ class Door:
                 ray.get(self._actor.close.remote(), timeout=5)
             ray.kill(self._actor)
             self._actor = None
+
+    def _check_far(self, nodes: int) -> None:
+        from paramserver.transports.remote import clear_text_refused, is_local  # noqa: PLC0415
+
+        r = self._reach
+        one_node = "transport=shared-memory, which keeps shards and workers on one node"
+        if r.listen is not None and is_local(r.listen):
+            raise ResourceError(
+                f"listen is {r.listen}, which workers on other of the cluster's {nodes} nodes "
+                f"cannot reach: leave it out, give an address of the shards' node, or {one_node}"
+            )
+        if r.tls_certificate is None and not r.clear_text:
+            raise clear_text_refused(
+                f"a run over the cluster's {nodes} nodes", f", or give {one_node}"
+            )
 
     def _listen(self, servers: Servers) -> str:
         if self._reach.listen is not None:

@@ -89,7 +89,7 @@ class Fleet:
             self._config,
             servers=len(plan.cuts),
             workers=self._config.workers,
-            share="servers" if self._door.is_needed else "all",
+            share=self._door.share,
         )
         self._task_ref, self._course_ref = ray.put(plan.task), ray.put(plan.course)
         self._measures: dict[str, Any] = {}  # of the pushes up to the last checkpoint
@@ -337,6 +337,7 @@ class Fleet:
             told.update(state_figures(self._plan, self._ledger))
         if self._traffic.push.count > 0:
             told["traffic"] = self._traffic.figures()
+        told.update(self._door.summary(self._config.call_timeout_s))
         return {**told, "threads": self._threads}
 
     def _fail(self, error: BaseException) -> NoReturn:

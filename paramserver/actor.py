@@ -198,6 +198,13 @@ class GatewayServer:
         everywhere = ("0.0.0.0", "[::]")  # noqa: S104  # what a user may have asked for
         return (own if host in everywhere else host) + colon + port, machine()
 
+    def summary(self) -> dict[str, Any]:
+        """Return what a run's record says of who came, and of what came and went."""
+        assert self._gateway is not None, "started before"
+        counted = self._gateway.counted()
+        del counted["clients"]  # of whom none is left
+        return {**self._gateway.came(), **counted}
+
     def close(self) -> None:
         """End every conversation."""
         if self._gateway is not None:

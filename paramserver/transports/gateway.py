@@ -119,7 +119,8 @@ class Gateway:
         self.config = config
         self.address = config.listen
         self._token = config.token.encode()
-        self._lock = threading.Lock()  # of the guests, and what is counted
+        self._lock = threading.Lock()  # of the guests, who came, and what is counted
+        self._came: set[int] = set()  # workers with a conversation, so far
         self._conversations = Conversations(
             self._connect,
             num_shards=len(config.shards),
@@ -204,6 +205,12 @@ class Gateway:
         with self._lock:
             return {**self._counted, "clients": len(self._conversations)}
 
+    def came(self) -> dict[str, int]:
+        """Return how many pushed through here so far: the run's own workers, and guests."""
+        with self._lock:
+            guests = sum(worker >= self.config.first_guest for worker in self._came)
+            return {"workers": len(self._came) - guests, "guests": guests}
+
     def _admit(self, context: grpc.ServicerContext) -> dict[str, str | bytes]:
         """Return a call's metadata if it may be made, or end it."""
         metadata: dict[str, str | bytes] = dict(context.invocation_metadata())
@@ -285,6 +292,9 @@ class Gateway:
         except ParamServerError as error:
             self._count(refused=1)
             refuse(context, error)
+        if session.hello.worker >= 0:
+            with self._lock:
+                self._came.add(session.hello.worker)
         stream = session.attach()
         if not context.add_callback(lambda: session.detach(stream)):
             session.detach(stream)

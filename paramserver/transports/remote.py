@@ -262,9 +262,14 @@ def is_local(address: str) -> bool:
 def check_clear_text(address: str, allowed: bool) -> None:
     """Raise ResourceError if clear text would leave this machine and that is not allowed."""
     if not allowed and not is_local(address):
-        raise ResourceError(
-            f"{address} can be reached from other machines, and without a certificate everybody on "
-            "the way could read the token and the parameters and change them: give certificates "
-            "(tls_certificate, tls_key, tls_ca), or allow it with clear_text=true on a network of "
-            "trusted machines only"
-        )
+        raise clear_text_refused(address)
+
+
+def clear_text_refused(place: str, instead: str = "") -> ResourceError:
+    """Return the error of a ``place`` that others can reach; ``instead`` is one more way out."""
+    return ResourceError(
+        f"{place} can be reached from other machines, and without a certificate everybody on "
+        "the way could read the token and the parameters and change them: give certificates "
+        "(tls_certificate, tls_key, tls_ca), or allow it with clear_text=true on a network of "
+        f"trusted machines only{instead}"
+    )
