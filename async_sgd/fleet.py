@@ -38,6 +38,7 @@ from workers.actor import Servers, WorkerActor
 from workers.loop import Finished
 from workers.reservation import Places
 from workers.run import Run
+from workers.vacancies import Vacancies
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class Fleet:
             lost=self._lost,
             options=self._places.beside_first,
         )
+        self._vacancies = Vacancies(self._places.lack, self._config.resources_timeout_s)
         self._threads = self._config.worker_threads
 
     def start(self) -> None:
@@ -163,6 +165,7 @@ class Fleet:
             if self._run.checkpoint_is_due() and status["ended"] is None:
                 self._checkpoint()
             self._run.tell(status, self._plan.progress)
+            self._vacancies.look(len(status["live"]), time.monotonic())
             if status["error"] is not None:
                 self._fail(status["error"])
             if status["ended"] is not None and not self._drain():
@@ -241,6 +244,7 @@ class Fleet:
         except ray.exceptions.RayActorError:
             self._lost(f"worker {worker}")
             if self._status()["ended"] is None:
+                self._vacancies.open(time.monotonic())
                 self._spawn(worker)
                 self._let_go(worker)
         except ray.exceptions.RayTaskError as error:

@@ -16,6 +16,7 @@ from ray._private.state import available_resources_per_node
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -95,6 +96,12 @@ class Places:
                 f"waited {limit_s:g} s for {short}: use fewer workers, ask for less, add nodes, or "
                 "raise resources_timeout_s"
             )
+
+    def lack(self) -> str | None:
+        """Say what processes wait for whose node was lost; None while every one has a place."""
+        if all(placement_group_table(group)["state"] == "CREATED" for group in self._groups):
+            return None
+        return self._shortage()
 
     def worker(self, index: int) -> dict[str, Any]:
         """Return the options of worker ``index``'s actor."""

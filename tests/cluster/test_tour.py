@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.hosts import PROJECT, Host, hosts, processes_in, why_not
+from tests.support.certificates import Authority
 
 pytestmark = [
     pytest.mark.long,
@@ -29,6 +30,8 @@ pytestmark = [
 
 PLAIN = "--log-style pretty --log-color false"
 TRAINING = "--mode sync --workers 4 --epochs 25"
+APART = "--mode async --workers 4 --server-labels role=server --worker-labels role=worker"
+SUBMIT = f"ray submit {PLAIN} deploy/cluster.yaml deploy/train.py --"
 ON_HEAD = "ssh -q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null host1"
 DASHBOARD = "http://127.0.0.1:8265"
 _NOISE = ("File Mount", " To ensure", "Loaded cached", "If you exper", "Fetched IP", "Shared conn")
@@ -68,6 +71,11 @@ class Tour:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {limit_s:g} s for {what}")
             time.sleep(0.5)
+
+    @property
+    def everywhere(self) -> list[Host]:
+        """The cluster's hosts."""
+        return [self.head, *self.others]
 
     def result(self, host: Host, folder: str) -> dict[str, Any]:
         """Return the record of a run in ``folder`` of a host's home."""
@@ -111,15 +119,52 @@ def test_all_hosts_are_in_the_cluster(tour: Tour) -> None:
 
 def test_a_script_is_submitted_and_learns_as_much_as_at_home(tour: Tour) -> None:
     tour.type(f"python -m deploy train {TRAINING} --out ~/runs/home")
-    tour.type(
-        f"ray submit {PLAIN} deploy/cluster.yaml deploy/train.py -- {TRAINING} --out runs/submitted"
-    )
+    tour.type(f"{SUBMIT} {TRAINING} --out runs/submitted")
 
     home, there = tour.result(tour.laptop, "runs/home"), tour.result(tour.head, "runs/submitted")
     assert there["updates"] == home["updates"]
     assert there["final"]["accuracy"] == pytest.approx(home["final"]["accuracy"], abs=0.006)
     assert there["final"]["accuracy"] > 0.96
     assert (home["collective"], there["collective"]) == ("shared_memory", "nodes")
+
+
+def test_a_run_over_hosts_does_not_start_in_clear_text_unless_told_to(tour: Tour) -> None:
+    said = tour.type(f"{SUBMIT} {APART} --out runs/open", fails=True)
+
+    (error,) = [line for line in said.splitlines() if line.startswith("paramserver: ")]
+    assert "a run over the cluster's 3 nodes can be reached from other machines" in error
+
+
+def test_shards_on_one_host_and_workers_on_others_learn_as_much_as_at_home(tour: Tour) -> None:
+    authority = Authority(tour.head.home / "certificates", "ca", tour.head.address)
+    authority.identity("run")
+    tls = " ".join(
+        f"--tls-{name} certificates/{file}"
+        for name, file in (("certificate", "run.pem"), ("key", "run.key"), ("ca", "ca.pem"))
+    )
+    at_home = "--mode async --workers 4 --epochs 25"
+    tour.type(f"python -m deploy train {at_home} --out ~/runs/home-async")
+    seen: set[tuple[str, str]] = set()
+
+    log = tour.laptop.folder / "apart.log"
+    process = tour.laptop.begin(
+        f"cd project && {SUBMIT} {APART} --epochs 25 {tls} --out runs/apart", log, **TOKEN
+    )
+    while process.poll() is None:
+        seen |= {(host.name, kind) for host in tour.everywhere for kind in _kinds(host)}
+        time.sleep(0.2)
+
+    assert process.returncode == 0, log.read_text()
+    tour.said += [f"laptop$ {SUBMIT} {APART} --epochs 25 {tls}", *log.read_text().splitlines(), ""]
+    home, there = tour.result(tour.laptop, "runs/home-async"), tour.result(tour.head, "runs/apart")
+    assert there["final"]["accuracy"] == pytest.approx(home["final"]["accuracy"], abs=0.015)
+    assert there["final"]["accuracy"] > 0.96
+    assert (there["gateway"]["workers"], there["gateway"]["guests"]) == (4, 0)
+    assert there["gateway"]["address"].startswith(f"{tour.head.address}:")
+    assert there["gateway"]["received_bytes"] > 4 * there["gradients"]
+    shards = {("host1", kind) for kind in ("ShardServer", "GatewayServer", "Evaluator")}
+    assert seen >= shards | {("host2", "Worker"), ("host3", "Worker")}
+    assert not seen & {("host1", "Worker"), ("host2", "ShardServer"), ("host3", "ShardServer")}
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +215,7 @@ def test_workers_end_with_a_killed_driver_and_the_run_goes_on_from_its_checkpoin
     tour: Tour,
 ) -> None:
     training = "--mode sync --workers 4 --checkpoint-every-s 2"
-    submit = f"ray submit {PLAIN} deploy/cluster.yaml deploy/train.py --"
-    command = f"cd project && {submit} {training} --updates 100000 --out runs/killed"
+    command = f"cd project && {SUBMIT} {training} --updates 100000 --out runs/killed"
     process = tour.laptop.begin(command, tour.laptop.folder / "killed.log", **TOKEN)
     tour.until(lambda: _checkpoint(tour, "killed").exists(), "a checkpoint")
     driver = "^python .*train.py .*runs/killed"
@@ -179,11 +223,16 @@ def test_workers_end_with_a_killed_driver_and_the_run_goes_on_from_its_checkpoin
     tour.head.run(f"pkill -KILL -f {driver!r}", check=True)
 
     process.wait(60)
-    everywhere = [tour.head, *tour.others]
-    tour.until(lambda: not any(host.pids("^ray::Rank") for host in everywhere), "ranks to end")
+    tour.until(lambda: not any(host.pids("^ray::Rank") for host in tour.everywhere), "their end")
     assert not (tour.head.home / "runs/killed/result.json").exists()
-    tour.type(f"{submit} {training} --updates 400 --resume runs/killed")
+    tour.type(f"{SUBMIT} {training} --updates 400 --resume runs/killed")
     assert tour.result(tour.head, "runs/killed")["updates"] >= 400
+
+
+def _kinds(host: Host) -> set[str]:
+    """Return which kinds of a run's processes are on ``host``."""
+    listed = host.run("ps -eo args").stdout
+    return set(re.findall(r"^ray::(ShardServer|GatewayServer|Worker|Evaluator)\b", listed, re.M))
 
 
 SHOWN = {
@@ -218,10 +267,7 @@ def _checkpoint(tour: Tour, run: str) -> Path:
     ids=["too few nodes", "unknown interface", "unknown label", "unreachable address"],
 )
 def test_bad_input_is_one_clear_error(tour: Tour, flags: str, message: str) -> None:
-    said = tour.type(
-        f"ray submit {PLAIN} deploy/cluster.yaml deploy/train.py -- --mode sync {flags}",
-        fails=True,
-    )
+    said = tour.type(f"{SUBMIT} --mode sync {flags}", fails=True)
 
     (error,) = [line for line in said.splitlines() if line.startswith("paramserver: ")]
     assert message in error
@@ -240,5 +286,6 @@ def test_nobody_joins_without_the_token(tour: Tour) -> None:
 def test_down_ends_every_process_of_ray(tour: Tour) -> None:
     tour.type(f"ray down -y {PLAIN} deploy/cluster.yaml > down.log 2>&1")
 
-    everywhere = [tour.head, *tour.others]
-    tour.until(lambda: not any(host.pids("raylet|gcs_server") for host in everywhere), "Ray to end")
+    tour.until(
+        lambda: not any(host.pids("raylet|gcs_server") for host in tour.everywhere), "Ray to end"
+    )

@@ -133,6 +133,14 @@ def test_stats_and_health_are_told() -> None:
         assert not calls.serves(at(cluster), timeout_s=5.0)
 
 
+def test_workers_that_came_are_told_apart_from_guests_and_readers() -> None:
+    with start(first_guest=2, guests=1) as cluster:
+        for worker in (0, 1, 2, -1):
+            cluster.join(worker).close()
+
+        assert cluster.gateway.came() == {"workers": 2, "guests": 1}
+
+
 # Who is let in
 
 

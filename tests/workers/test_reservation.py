@@ -125,10 +125,26 @@ def test_every_process_has_a_bundle_of_its_own(
 def test_places_that_are_not_there_in_time_are_given_back_and_told(ray: FakeRay) -> None:
     ray.has_room = False
 
-    with pytest.raises(ResourceError, match=r"^waited 0\.01 s for 2 of 3 workers: each needs 1 CPU"):
+    with pytest.raises(
+        ResourceError, match=r"^waited 0\.01 s for 2 of 3 workers: each needs 1 CPU"
+    ):
         taken(ray, "servers", resources_timeout_s=0.01)
 
     assert ray.groups == []
+
+
+def test_a_group_that_lost_a_node_lacks_a_place_until_ray_has_found_one(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = taken(ray, "servers")
+    states = iter(["CREATED", "RESCHEDULING", "CREATED", "CREATED"])
+    monkeypatch.setattr(reservation, "placement_group_table", lambda group: {"state": next(states)})
+
+    lack = places.lack()
+
+    assert lack is not None
+    assert lack.startswith("2 of 3 workers: each needs 1 CPU")
+    assert places.lack() is None
 
 
 def test_at_home_nothing_is_asked_for(ray: FakeRay) -> None:
