@@ -229,6 +229,12 @@ def test_workers_end_with_a_killed_driver_and_the_run_goes_on_from_its_checkpoin
     assert tour.result(tour.head, "runs/killed")["updates"] >= 400
 
 
+def _updates(metrics: Path) -> int:
+    """Return how many updates the last line of a run's metrics tells of."""
+    lines = metrics.read_text().splitlines()
+    return max((json.loads(line).get("updates", 0) for line in lines[-5:]), default=0)
+
+
 def _kinds(host: Host) -> set[str]:
     """Return which kinds of a run's processes are on ``host``."""
     listed = host.run("ps -eo args").stdout
@@ -281,6 +287,31 @@ def test_nobody_joins_without_the_token(tour: Tour) -> None:
 
     assert asked.returncode == 1
     assert "paramserver: no Ray at host1:6379" in asked.stdout
+
+
+def test_workers_of_a_host_that_dies_are_lost_by_name_and_the_others_go_on(tour: Tour) -> None:
+    log = tour.laptop.folder / "dies.log"
+    command = f"{SUBMIT} {APART} --clear-text --updates 1000000 --out runs/dies"
+    process = tour.laptop.begin(f"cd project && {command}", log, **TOKEN)
+    metrics = tour.head.home / "runs/dies/metrics.jsonl"
+    tour.until(lambda: metrics.exists() and _updates(metrics) > 200, "updates")
+
+    tour.others.pop().stop()
+
+    tour.until(lambda: "the run goes on with " in log.read_text(), "the loss to be told")
+    seen = _updates(metrics)
+    tour.until(lambda: _updates(metrics) > seen + 200, "more updates")
+    tour.head.run("pkill -INT -f '^python .*train.py .*runs/dies'", check=True)
+    process.wait(120)
+    tour.said += [f"laptop$ {command}", *log.read_text().splitlines(), ""]
+    there = tour.result(tour.head, "runs/dies")
+    assert there["stopped_because"] == "interrupted"
+    lost = {failure["what"] for failure in there["failures"]}
+    assert len(lost) == 2
+    assert lost < {f"worker {i}" for i in range(4)}
+    assert "waiting for 2 of 4 workers: each needs 1 CPU on a node labelled role=worker" in (
+        " ".join(log.read_text().split())
+    )
 
 
 def test_down_ends_every_process_of_ray(tour: Tour) -> None:
