@@ -1,7 +1,7 @@
-"""Workers whose node was lost, and for whom the cluster may have no other place.
+r"""Workers whose node was lost, and for whom the cluster may have no other place.
 
     lost ---- 2 s ---- no place: told once ---- resources_timeout_s, and nobody works: error
-                 \\---- place found: all is well
+                 \---- place found: all is well
 
 The others go on meanwhile.
 """
