@@ -135,6 +135,16 @@ class Door:
             return {}
         return {"gateway": {"address": self._servers.remote.address, **told}}
 
+    def is_lost(self, timeout_s: float) -> bool:
+        """Whether the gateway's process has ended by itself."""
+        if self._actor is None:
+            return False
+        try:
+            ray.get(self._actor.summary.remote(), timeout=timeout_s)
+        except ray.exceptions.RayActorError:
+            return True
+        return False
+
     def close(self) -> None:
         """Stop to listen. Twice is harmless."""
         if self._told is not None:

@@ -264,7 +264,7 @@ class Fleet:
         return error
 
     def _why_lost(self) -> BaseException | None:
-        """Ask the shards what happened to the one that was lost; it knows better than others."""
+        """Ask the shards, and the gateway, what happened to the one that was lost."""
         for index, shard in enumerate(self._shards):
             try:
                 failure = self._get([shard.failure.remote()], f"asking shard {index}")[0]
@@ -272,6 +272,11 @@ class Fleet:
                 return error
             if failure is not None:
                 return RunFailedError(f"shard {index} failed: {failure}")
+        if self._door.is_lost(self._config.call_timeout_s):
+            return RunFailedError(
+                "the gateway was lost, by which workers on other nodes reach the shards; go on "
+                f"from the last checkpoint with resume={self._run.folder.path}"
+            )
         return None
 
     def _status(self) -> dict[str, Any]:
