@@ -45,6 +45,8 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
         rows["gradients/s"] = rate(record["gradients_per_s"])
     if "seconds" in record:
         rows["virtual seconds" if is_simulated else "seconds"] = f"{record['seconds']:.1f}"
+    if "gateway" in record:
+        rows["over gRPC"] = came(record["gateway"], record["workers"])
     if record.get("final"):
         rows["final"] = _metrics(record["final"])
     best = record.get("best")
@@ -114,6 +116,13 @@ def traffic(of: Mapping[str, int]) -> str:
     return (
         f"{of['bytes'] / 1e6:,.1f} MB in the place of {of['plain_bytes'] / 1e6:,.1f}, 1/{saved:.1f}"
     )
+
+
+def came(gateway: Mapping[str, Any], workers: int) -> str:
+    """Write who came by gRPC, and how much went over it."""
+    guests = f" and {gateway['guests']:,} guests" if gateway["guests"] else ""
+    received, sent = (f"{gateway[f'{way}_bytes'] / 1e6:,.1f} MB" for way in ("received", "sent"))
+    return f"{gateway['workers']:,} of {workers:,} workers{guests}; {received} in, {sent} out"
 
 
 def _metrics(values: Mapping[str, float]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deploy import curves, inside, page, plots
-from deploy.outcome import measure, traffic
+from deploy.outcome import came, measure, traffic
 from deploy.progress import TRAIN_SAMPLE
 from paramserver.durable import write_durably
 from paramserver.errors import RecordError
@@ -134,6 +134,8 @@ def _facts(record: Record) -> dict[str, str]:
             said[key] = _value(done[key]) + (f" ({rate:,.4g} a second)" if rate else "")
     if "seconds" in done:
         said["time"] = f"{done['seconds']:,.1f} s"
+    if "gateway" in done:
+        said["over gRPC"] = came(done["gateway"], done["workers"])
     for when in ("final", "best"):
         if done.get(when):
             said[when] = _metrics(done[when])

@@ -43,6 +43,7 @@ RECORD: dict[str, Any] = {
     "conservation": {"left": 1124, "right": 1124, "holds": True},
     "dropped": {"stale": 2},
     "failures": [{"what": "worker 1", "seconds": 0.7}],
+    "gateway": {"workers": 1, "guests": 2, "received_bytes": 1_500_000, "sent_bytes": 3_040_000},
     "stopped_because": "25 epochs done",
 }
 
@@ -256,6 +257,7 @@ def test_the_outcome_is_a_short_table(
         "updates 1,125",
         "gradients/s 812",
         "seconds 1.4",
+        "over gRPC 1 of 2 workers and 2 guests; 1.5 MB in, 3.0 MB out",
         "final accuracy 0.9778, loss 0.08",
         "best accuracy 0.98, loss 0.07 at version 900 after 1.1 s",
         "staleness mean 0.999, p95 2, max 3",
