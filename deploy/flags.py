@@ -106,7 +106,7 @@ class Flags(Generic[T]):
         own = inspect.get_annotations(self._cls)  # before what it extends
         for field in sorted(self._fields, key=lambda field: field.name not in own):
             flag = "--" + field.name.replace("_", "-")
-            is_truth = self._hints[field.name] is bool
+            is_truth = _without_none(self._hints[field.name])[0] is bool
             how: dict[str, Any] = {"nargs": "?", "const": "true"} if is_truth else {}
             if _of_several(self._hints[field.name]) is not None:
                 how = {"action": "append"}

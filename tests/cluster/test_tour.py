@@ -294,13 +294,18 @@ def test_workers_of_a_host_that_dies_are_lost_by_name_and_the_others_go_on(tour:
     command = f"{SUBMIT} {APART} --clear-text --updates 1000000 --out runs/dies"
     process = tour.laptop.begin(f"cd project && {command}", log, **TOKEN)
     metrics = tour.head.home / "runs/dies/metrics.jsonl"
-    tour.until(lambda: metrics.exists() and _updates(metrics) > 200, "updates")
+
+    def has_made(updates: int) -> bool:
+        assert process.poll() is None, log.read_text()
+        return metrics.exists() and _updates(metrics) > updates
+
+    tour.until(lambda: has_made(200), "updates")
 
     tour.others.pop().stop()
 
     tour.until(lambda: "the run goes on with " in log.read_text(), "the loss to be told")
     seen = _updates(metrics)
-    tour.until(lambda: _updates(metrics) > seen + 200, "more updates")
+    tour.until(lambda: has_made(seen + 200), "more updates")
     tour.head.run("pkill -INT -f '^python .*train.py .*runs/dies'", check=True)
     process.wait(120)
     tour.said += [f"laptop$ {command}", *log.read_text().splitlines(), ""]

@@ -21,6 +21,7 @@ from deploy.train import TrainFlags
 from paramserver.clipping import ClipNorm
 from paramserver.errors import ParamServerError, RecordError, RunFailedError
 from paramserver.optimizers import SGD, Adam
+from paramserver.reach import Reach
 from paramserver.record import Result
 from paramserver.schedules import MultiStep
 from workers.config import RunConfig
@@ -185,6 +186,14 @@ def test_a_flag_of_several_values_is_given_several_times(
     ]
     assert [(g.name, g.lr_factor) for g in file.group] == [("encoder", 0.5)]
     assert (flags.freeze, file.freeze) == ((), ("decoder",))
+
+
+def test_a_truth_that_a_mode_may_not_have_is_a_switch_as_others_are(
+    trainers: type[FakeTrainer],
+) -> None:
+    assert paramserver("train --clear-text --listen 10.0.0.7:0") == 0
+
+    assert made(trainers).options["reach"] == Reach(clear_text=True, listen="10.0.0.7:0")
 
 
 def test_flags_reach_the_synchronous_trainer(trainers: type[FakeTrainer]) -> None:
