@@ -140,6 +140,8 @@ class Wanted:
     """What one is called, such as ``worker``."""
     count: int
     needs: Needs
+    placed: int = 0
+    """Those of them that have a place, and hold what they need."""
 
     @property
     def plural(self) -> str:
@@ -180,7 +182,7 @@ def _missing(wanted: Sequence[Wanted], nodes: Sequence[Node]) -> list[int]:
     left = [dict(node.free) for node in nodes]
     missing = []
     for group in wanted:
-        needs, lacking = group.needs, group.count
+        needs, lacking = group.needs, group.count - group.placed
         for node, free in zip(nodes, left, strict=True):
             if any(node.labels.get(key) != value for key, value in needs.labels.items()):
                 continue

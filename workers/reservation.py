@@ -6,9 +6,11 @@ before it, and if its node is gone, Ray finds the bundle another node.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import ray
@@ -144,8 +146,19 @@ class Places:
             for node in ray.nodes()
             if node["Alive"]
         ]
-        wanted = [w for w in (self._servers, self._workers) if w.count]
+        places = self._bundles()
+        wanted = [
+            replace(kind, placed=sum(map(bool, itertools.islice(places, kind.count))))
+            for kind in (self._servers, self._workers)
+            if kind.count
+        ]
         return shortage(wanted, nodes, one_node=self._share == "all")
+
+    def _bundles(self) -> Iterator[str]:
+        """Return each bundle's node, or nothing if it has none, shards' first."""
+        for group in self._groups:
+            nodes = placement_group_table(group)["bundles_to_node_id"]
+            yield from (nodes[bundle] for bundle in sorted(nodes))
 
 
 def _group(wanted: Sequence[Wanted], strategy: str) -> PlacementGroup:

@@ -52,4 +52,4 @@ class Vacancies:
             )
         elif not self._is_told:
             self._is_told = True
-            logger.warning("the run goes on with %d workers; waiting for %s", num_live, lack)
+            logger.warning("waiting for %s; the run goes on with those it has", lack)

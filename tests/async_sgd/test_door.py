@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from ray.exceptions import RayActorError
 
 from async_sgd import door
 from async_sgd.door import Door
@@ -55,3 +58,16 @@ def test_workers_share_the_shards_node_unless_they_may_come_over_grpc(
     reach: Reach, cluster: str | None, share: str
 ) -> None:
     assert Door(reach, cluster).share == share
+
+
+def test_a_gateway_whose_process_has_ended_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Door(Reach(clear_text=True), CLUSTER)
+    assert not opened.is_lost(timeout_s=1.0)
+    opened._actor = Mock()
+
+    def get(ref: object, timeout: float) -> Any:
+        raise RayActorError
+
+    monkeypatch.setattr(door.ray, "get", get)
+
+    assert opened.is_lost(timeout_s=1.0)

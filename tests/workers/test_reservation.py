@@ -32,6 +32,17 @@ class FakeRay:
     def __init__(self) -> None:
         self.groups: list[Group] = []
         self.has_room = True
+        self.lost: tuple[int, ...] = ()
+        """Bundles, of those of all groups, whose node was lost."""
+
+    def table(self, group: Group) -> dict[str, Any]:
+        before = sum(len(g.bundles) for g in self.groups[: self.groups.index(group)])
+        bundles = range(len(group.bundles))
+        lost = [i for i in bundles if not group.is_there or before + i in self.lost]
+        return {
+            "state": "RESCHEDULING" if lost else "CREATED",
+            "bundles_to_node_id": {i: "" if i in lost else "n" for i in bundles},
+        }
 
     def ask(
         self,
@@ -48,6 +59,7 @@ class FakeRay:
 def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(reservation, "placement_group", fake.ask)
+    monkeypatch.setattr(reservation, "placement_group_table", fake.table)
     monkeypatch.setattr(reservation, "remove_placement_group", fake.groups.remove)
     monkeypatch.setattr(reservation, "available_resources_per_node", lambda: {"n": {"CPU": 1.0}})
     monkeypatch.setattr(
@@ -133,17 +145,18 @@ def test_places_that_are_not_there_in_time_are_given_back_and_told(ray: FakeRay)
     assert ray.groups == []
 
 
-def test_a_group_that_lost_a_node_lacks_a_place_until_ray_has_found_one(
-    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("share", ["all", "servers"])
+def test_those_whose_node_was_lost_are_counted_until_ray_has_found_another(
+    ray: FakeRay, share: Share
 ) -> None:
-    places = taken(ray, "servers")
-    states = iter(["CREATED", "RESCHEDULING", "CREATED", "CREATED"])
-    monkeypatch.setattr(reservation, "placement_group_table", lambda group: {"state": next(states)})
+    places = taken(ray, share, worker_cpus=2.0)
+    ray.lost = (3, 4)
 
     lack = places.lack()
 
     assert lack is not None
-    assert lack.startswith("2 of 3 workers: each needs 1 CPU")
+    assert lack.startswith("2 of 3 workers: each needs 2 CPU; ")
+    ray.lost = ()
     assert places.lack() is None
 
 

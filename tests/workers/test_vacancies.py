@@ -19,7 +19,7 @@ def test_what_is_missing_is_told_once_after_ray_had_time(
     for now in (101.0, 103.0, 104.0, 1000.0):
         vacancies.look(3, now)
 
-    assert caplog.messages == [f"the run goes on with 3 workers; waiting for {LACK}"]
+    assert caplog.messages == [f"waiting for {LACK}; the run goes on with those it has"]
 
 
 def test_a_run_with_no_worker_and_no_place_ends_by_name() -> None:
