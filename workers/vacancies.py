@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 _QUIET_S: Final = 2.0
 """Seconds Ray has to find another place before a person is told what is missing."""
 
+_LATE_S: Final = 60.0
+"""Seconds after which Ray surely knows of a node that is lost; it had its places up to then."""
+
 
 class Vacancies:
     """Looks, while the run goes on, whether lost workers have found another place."""
@@ -43,7 +46,7 @@ class Vacancies:
             return
         lack = self._lack()
         if lack is None:
-            self._since = None
+            self._since = None if now - self._since > _LATE_S else self._since
         elif not num_live and now - self._since > self._limit_s:
             raise ResourceError(
                 f"no worker is left, and the cluster had none {self._limit_s:g} s later for "

@@ -31,13 +31,15 @@ def test_a_run_with_no_worker_and_no_place_ends_by_name() -> None:
         vacancies.look(0, 161.0)
 
 
-def test_a_place_that_was_found_ends_the_looking(caplog: pytest.LogCaptureFixture) -> None:
-    found: list[str | None] = [None, LACK]
-    vacancies = Vacancies(lambda: found.pop(0), limit_s=60.0)
+def test_a_node_that_ray_learns_late_of_is_told_and_a_place_ends_the_looking(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found: list[str | None] = [None, LACK, None, "never asked for"]
+    vacancies = Vacancies(lambda: found.pop(0), limit_s=300.0)
     vacancies.open(now=100.0)
 
-    vacancies.look(0, 103.0)
-    vacancies.look(0, 500.0)
+    for now in (103.0, 120.0, 161.0, 500.0):
+        vacancies.look(2, now)
 
-    assert found == [LACK]
-    assert caplog.messages == []
+    assert found == ["never asked for"]
+    assert caplog.messages == [f"waiting for {LACK}; the run goes on with those it has"]
