@@ -452,7 +452,9 @@ def test_a_network_cut_for_ever_ends_by_name_and_what_was_pushed_stays_applied_o
     client.close()
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:0", f"unix-abstract:deserted-{os.getpid()}"])
+@pytest.mark.parametrize(
+    "listen", ["127.0.0.1:0", f"unix-abstract:deserted-{os.getpid()}"], ids=["tcp", "unix"]
+)
 def test_a_gateway_that_has_ended_is_named_at_once(listen: str) -> None:
     with start(listen=listen) as cluster:
         client = cluster.join(0, wait_s=60.0)
