@@ -472,7 +472,7 @@ def test_a_users_module_that_does_not_import_shows_where(
         ("report", "the following arguments are required: DIR"),
         (
             "bench speed",
-            "there is no benchmark 'speed'; there are pushpull, train, allreduce, simulate",
+            "there is no benchmark 'speed'; there are pushpull, train, allreduce, simulate, remote",
         ),
         (
             "bench train --jsn",
@@ -587,7 +587,7 @@ def test_bench_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert main(["bench", "pushpull", "--json", "--peers"]) == 3
 
-    assert got == [("pushpull", {"json": True, "peers": True, "quick": False})]
+    assert got == [("pushpull", {"json": True, "peers": True, "quick": False, "loopback": False})]
 
 
 def test_help_of_train_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
