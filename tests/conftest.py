@@ -23,7 +23,10 @@ hypothesis.settings.load_profile("shared-machine")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("system") is not None:
             item.add_marker(pytest.mark.xdist_group("ray"))
+    # one process has them all, and most of the work: it begins with them
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)
