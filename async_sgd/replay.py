@@ -25,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from async_sgd.jobs import OneByOne, Samples
+from async_sgd.jobs import OneByOne
 from async_sgd.local_server import LocalServer
 from async_sgd.recorded import recorded_setup
+from async_sgd.samples import Samples
 from async_sgd.setup import Ready
 from async_sgd.simulation import Buffers, Change, late_joiners
 from paramserver.checkpoint import load_checkpoint

@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 from async_sgd.calibration import Calibration, distance
 from async_sgd.carried import state_figures
 from async_sgd.delays import DELAYS, DelayLaw, Exponential
-from async_sgd.jobs import Batched, OneByOne, Samples
+from async_sgd.jobs import Batched, OneByOne
 from async_sgd.network import Network
 from async_sgd.plan import Plan
+from async_sgd.samples import Samples
 from async_sgd.setup import Ready, Setup
 from async_sgd.simulation import Buffers, Change, Simulation, Times, late_joiners
 from async_sgd.streams import Delays, Stream

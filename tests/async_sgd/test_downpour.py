@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from async_sgd.jobs import Batched, OneByOne, Step
+from async_sgd.jobs import Batched, OneByOne
 from async_sgd.replay import Replay
 from async_sgd.rules import BSP, RULES, SSP, Ringmaster
+from async_sgd.samples import Step
 from async_sgd.simulation import Change, Simulation
 from async_sgd.simulator import Simulator
 from paramserver.optimizers import SGD

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from async_sgd.compensation import DCASGD
 from async_sgd.damping import DynSGD
 from async_sgd.delays import DELAYS, Constant
-from async_sgd.jobs import Batched, Gradients, OneByOne, Samples
+from async_sgd.jobs import Batched, Gradients, OneByOne
 from async_sgd.replay import Replay, WhatIf
 from async_sgd.rules import BSP, RULES, Asynchronous
+from async_sgd.samples import Samples
 from async_sgd.simulation import Change, Simulation
 from async_sgd.simulator import Simulator
 from async_sgd.trainer import AsyncTrainer

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from async_sgd import jobs
 from async_sgd.damping import DynSGD
-from async_sgd.jobs import Job, Samples, Step
+from async_sgd.jobs import Job
+from async_sgd.samples import Samples, Step
 from async_sgd.simulation import Buffers, Change, Simulation
 from paramserver.clipping import Clip, ClipNorm, ClipValue
 from paramserver.errors import NonFiniteGradientError, ParamServerError, TaskError

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from async_sgd.delays import DELAYS, DelayLaw
-from async_sgd.jobs import Batched, Gradients, Job, OneByOne, Samples
+from async_sgd.jobs import Batched, Gradients, Job, OneByOne
 from async_sgd.rules import RULES
+from async_sgd.samples import Samples
 from async_sgd.simulation import Buffers, Change, Simulation, Times, late_joiners
 from async_sgd.streams import Delays, Stream
 from paramserver.clipping import Clip
