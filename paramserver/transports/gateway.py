@@ -94,7 +94,7 @@ class GatewayConfig:
     """Conversations, one a client and shard, at most."""
 
     calls_per_s: float = 100.0
-    """Calls that are taken, good and bad; more are refused."""
+    """Calls with the token that are taken; more are refused."""
 
     frames_per_s: float = 50_000.0
     """Frames that are taken from one client; more wait."""
@@ -215,10 +215,10 @@ class Gateway:
         """Return a call's metadata if it may be made, or end it."""
         metadata: dict[str, str | bytes] = dict(context.invocation_metadata())
         try:
+            check(metadata, self._token)  # first: strangers do not use up what others may do
             if not self._calls.try_one():
                 limit = self.config.calls_per_s
                 raise ResourceError(f"more than {limit:g} calls a second come in: try again later")
-            check(metadata, self._token)
         except (PermissionError, ParamServerError) as error:
             self._count(refused=1)
             refuse(context, error)

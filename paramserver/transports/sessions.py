@@ -45,9 +45,7 @@ class Session:
         self.is_over = False
         """Whether the client has left, or was shown out."""
         self._connection = connection
-        self._lock = (
-            threading.Lock()
-        )  # of all below; and the connection may be closed under it only
+        self._lock = threading.Lock()  # of all below; the connection is closed under it only
         self._kept: deque[tuple[int, Message]] = deque(maxlen=_NUM_KEPT)
         self._number = 0
         self._stream = 0
