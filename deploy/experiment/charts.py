@@ -6,7 +6,6 @@ and as a picture that stands alone, with a legend and on white.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
-from deploy import page, plots
-
-_PRINTED: Mapping[str, str] = {
-    placeholder: page.colour(variable) for placeholder, variable in plots.PLACEHOLDERS.items()
-}
-"""Colours of a picture, those of the light page."""
+from deploy import plots, printed
 
 _WIDE = 500
 """Largest by least value of a logarithmic axis from which on powers of ten alone are marked."""
@@ -78,17 +72,11 @@ class Chart:
 
     def save(self, path: Path) -> None:
         """Draw it as a picture; raises OSError if that cannot be written."""
-        style: Any = {
-            key: _PRINTED.get(value, value) if isinstance(value, str) else value
-            for key, value in plots.STYLE.items()
-        }
-        style |= dict.fromkeys(("figure.facecolor", "savefig.facecolor"), "white")
-        with mpl.rc_context(style):
-            figure = self._draw(_PRINTED)
-            said = textwrap.fill(self.caption, 150)
-            figure.suptitle(f"{self.title}\n{said}", x=0.01, ha="left", fontsize=9.5)
+        with printed.printing():
+            figure = self._draw(printed.COLOURS)
+            printed.entitle(figure, self.title, self.caption)
             entries = [
-                mpl.lines.Line2D([], [], **_look(colour, _PRINTED), label=label)
+                mpl.lines.Line2D([], [], **_look(colour, printed.COLOURS), label=label)
                 for label, colour in self.legend
             ]
             longest = max((len(label) for label, _ in self.legend), default=1)

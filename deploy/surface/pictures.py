@@ -6,7 +6,6 @@ Each is drawn by the same code for a page, which gives it colours, and as a pict
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,11 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator
 from numpy.typing import NDArray
 
-from deploy import page, plots
+from deploy import plots, printed
 from deploy.surface.look import Surface
 
 Array = NDArray[np.float64]
 
-_PRINTED: Mapping[str, str] = {
-    placeholder: page.colour(variable) for placeholder, variable in plots.PLACEHOLDERS.items()
-}
 _COLOURS = "viridis"
 _LEVELS = 22
 _WIDE = 8.0
@@ -53,15 +49,9 @@ class Picture:
 
     def save(self, path: Path) -> None:
         """Draw it as a picture that stands alone; raises OSError if that cannot be written."""
-        style: Any = {
-            key: _PRINTED.get(value, value) if isinstance(value, str) else value
-            for key, value in plots.STYLE.items()
-        }
-        style |= dict.fromkeys(("figure.facecolor", "savefig.facecolor"), "white")
-        with mpl.rc_context(style):
-            figure = self.draw(_PRINTED)
-            said = textwrap.fill(self.caption, 150)
-            figure.suptitle(f"{self.title}\n{said}", x=0.01, ha="left", fontsize=9.5)
+        with printed.printing():
+            figure = self.draw(printed.COLOURS)
+            printed.entitle(figure, self.title, self.caption)
             figure.savefig(path, dpi=130)
 
 

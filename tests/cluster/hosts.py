@@ -12,7 +12,6 @@ tests addressing, ssh, files and failures, not speed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import shlex
@@ -26,6 +25,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from deploy.bench.namespaces import die_with_parent
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -314,16 +315,11 @@ def _unshared(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # one thread
+            preexec_fn=die_with_parent,  # noqa: PLW1509  # one thread
         )
     finally:
         if not isinstance(out, int):
             out.close()
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _child_of(pid: int, timeout_s: float = 10) -> int:
