@@ -26,6 +26,7 @@ def test_loopback_is_of_remote_only() -> None:
         benching.run(["train", "--loopback"])
 
 
+@pytest.mark.long
 @pytest.mark.system
 def test_push_and_pull_is_measured_over_loopback(capfd: pytest.CaptureFixture[str]) -> None:
     code = benching.run(["remote", "--quick", "--loopback", "--json"])

@@ -18,6 +18,7 @@ def test_every_optimizer_of_the_registry_is_compared() -> None:
     assert compared == {entry.name for entry in OPTIMIZERS} - {"torch"}
 
 
+@pytest.mark.long
 def test_a_comparison_leaves_a_table_and_a_plot_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,7 @@ def run(out: Path, updates: int, workers: int, **keys: Any) -> Result:
     return AsyncTrainer(task("digits"), SGD(lr=0.3), where, shards=2).fit()
 
 
+@pytest.mark.long
 def test_asynchronous_workers_draw_what_the_server_says(tmp_path: Path) -> None:
     run(tmp_path / "run", 120, workers=2)
 

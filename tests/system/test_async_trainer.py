@@ -74,12 +74,14 @@ def test_digits_reach_97_percent(tmp_path: Path) -> None:
     assert result.checkpoint is not None
 
 
+@pytest.mark.long
 def test_the_net_is_looked_at(tmp_path: Path) -> None:
     config = RunConfig(workers=2, updates=60, evaluate_every_s=0, out=tmp_path / "run")
 
     check_that_the_net_was_looked_at(AsyncTrainer(saturated(), Adam(), config, shards=2).fit())
 
 
+@pytest.mark.long
 def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
     config = RunConfig(
         epochs=1e6, early_stopping=Patience(n=3), evaluate_every_s=0.2, out=tmp_path / "run"
@@ -172,6 +174,7 @@ def test_a_killed_worker_is_replaced_and_every_push_is_applied_once(tmp_path: Pa
     assert set(columns["incarnation"].tolist()) == {1, 2}
 
 
+@pytest.mark.long
 def test_a_failing_loss_ends_the_run_and_leaves_its_record(tmp_path: Path) -> None:
     def loss(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         raise KeyError("no such column")
@@ -189,6 +192,7 @@ def test_a_failing_loss_ends_the_run_and_leaves_its_record(tmp_path: Path) -> No
     assert titled("ray::Worker.run") == []
 
 
+@pytest.mark.long
 def test_data_that_only_workers_fail_to_load_is_named(tmp_path: Path) -> None:
     driver = os.getpid()
 
@@ -203,6 +207,7 @@ def test_data_that_only_workers_fail_to_load_is_named(tmp_path: Path) -> None:
         AsyncTrainer(far, SGD(lr=0.1), RunConfig(updates=5, out=tmp_path / "run")).fit()
 
 
+@pytest.mark.long
 def test_a_lost_evaluator_is_replaced(tmp_path: Path) -> None:
     digits, gate = task("digits"), tmp_path / "gate"
 
@@ -245,6 +250,7 @@ def linear_task(loss: Callable[..., torch.Tensor]) -> Task:
     )
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path) -> None:
     trainer = AsyncTrainer(
         linear_task(exploding), SGD(lr=0.1), RunConfig(updates=5, out=tmp_path / "run")
@@ -296,6 +302,7 @@ def test_more_workers_than_samples_are_refused(tmp_path: Path) -> None:
         AsyncTrainer(few, SGD(lr=0.1), RunConfig(workers=65, updates=1)).fit()
 
 
+@pytest.mark.long
 def test_one_worker_resumes_bit_for_bit_with_its_average_and_compensation(tmp_path: Path) -> None:
     average = AllIterates(start=150)
 
@@ -336,6 +343,7 @@ def test_a_program_too_large_for_its_matrix_is_refused_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_curriculum_replays_bit_for_bit(tmp_path: Path) -> None:
     config = RunConfig(
         updates=150, curriculum=Linear(start=0.1, over=100), threads=1, out=tmp_path / "run"

@@ -29,7 +29,7 @@ def children_of(group: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("mode", ["async", pytest.param("sync", marks=pytest.mark.long)])
 def test_ctrl_c_writes_the_record_and_leaves_nothing(tmp_path: Path, mode: str) -> None:
     out = tmp_path / "run"
     command = [

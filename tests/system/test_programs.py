@@ -139,6 +139,7 @@ def test_a_program_goes_on_from_its_record_as_if_it_had_never_stopped(tmp_path: 
     torch.testing.assert_close(end_point(result), alone(optimizer, 8), rtol=0, atol=1e-8)
 
 
+@pytest.mark.long
 def test_a_killed_worker_changes_nothing_about_a_program(tmp_path: Path) -> None:
     optimizer, gate = OPTIMIZERS.parse("lbfgs"), tmp_path / "gate"
 

@@ -16,7 +16,8 @@ from workers.tasks import task
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
 
 
-@pytest.mark.parametrize("mode", [AsyncTrainer, pytest.param(SyncTrainer, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", [AsyncTrainer, SyncTrainer])
 def test_several_workers_compute_the_surface_that_one_does(
     mode: type[AsyncTrainer | SyncTrainer], tmp_path: Path
 ) -> None:

@@ -207,6 +207,7 @@ def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
     check_that_the_best_is_kept(result, task("digits"), config)
 
 
+@pytest.mark.long
 def test_ranks_draw_what_the_version_lets_them(tmp_path: Path) -> None:
     paces = {"none": None, "all": Linear(start=1), "late": Linear(start=0.1, over=10**6)}
     for name, pacing in paces.items():
@@ -255,6 +256,7 @@ def test_a_killed_rank_is_replaced_and_changes_nothing(
     assert torch.allclose(params(tmp_path / "run"), params(undisturbed), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_silent_rank_is_replaced(tmp_path: Path, undisturbed: Path) -> None:
     gate = tmp_path / "gate"
 
@@ -281,6 +283,7 @@ def test_a_rank_lost_once_too_often_ends_the_run(tmp_path: Path) -> None:
     assert record["final"]
 
 
+@pytest.mark.long
 def test_a_lost_evaluator_is_replaced(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     look = once_at(100, gate, partial(kill_a, "ray::Evaluator"))
