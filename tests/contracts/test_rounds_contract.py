@@ -59,7 +59,7 @@ class Quadratics:
         noise = torch.Generator().manual_seed(0)
         self.a = 1 + torch.rand(EXAMPLES, NUMEL, generator=noise, dtype=DOUBLE)
         self.c = torch.randn(EXAMPLES, NUMEL, generator=noise, dtype=DOUBLE)
-        self.poison, self.slow, self.answered = poison, slow, 0
+        self.poison, self.slow, self.answers = poison, slow, threading.Event()
 
     def best(self) -> Tensor:
         return (self.a * self.c).sum(0) / self.a.sum(0)
@@ -69,8 +69,8 @@ class Quadratics:
     ) -> tuple[int, float, Tensor]:
         of = indices(piece, EXAMPLES, seed=0)
         a, off = self.a[of], point - self.c[of]
-        self.answered += 1
-        if self.slow is not None and self.answered > 3:
+        self.answers.set()
+        if self.slow is not None:
             assert self.slow.wait(30)
         if self.poison == kind:
             return len(of), float("nan"), torch.full((1, NUMEL), float("nan"), dtype=DOUBLE)
@@ -164,8 +164,10 @@ def test_a_worker_that_stops_answering_is_copied_and_changes_nothing(
     release = threading.Event()
     with cluster(make, shards) as run:
         failures: list[BaseException] = []
-        stuck = threading.Thread(target=work, args=(run, 0, Quadratics(slow=release), failures))
+        oracle = Quadratics(slow=release)
+        stuck = threading.Thread(target=work, args=(run, 0, oracle, failures))
         stuck.start()
+        assert oracle.answers.wait(10)  # the other one then does the pieces after which it may copy
         work(run, 1, Quadratics(), failures)
 
         release.set()

@@ -18,6 +18,7 @@ def _ray() -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 def test_push_and_pull_is_measured_through_a_real_shard() -> None:
     report = Report("pushpull", json=True, quick=True)
 
@@ -37,6 +38,7 @@ def test_asynchronous_training_is_measured_through_real_workers() -> None:
     assert ours.async_rate(task, 1, warm_s=0.1, measure_s=0.4) > 0
 
 
+@pytest.mark.long
 def test_a_synchronous_step_is_measured() -> None:
     report = Report("allreduce", json=True, quick=True)
 

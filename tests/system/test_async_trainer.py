@@ -98,7 +98,7 @@ def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
         pytest.param(None, 1, id="asp-1", marks=pytest.mark.long),
         pytest.param(None, 3, id="asp-3", marks=pytest.mark.long),
         pytest.param(SSP(bound=1), 1, id="ssp-1", marks=pytest.mark.long),
-        pytest.param(SSP(bound=1), 3, id="ssp-3"),
+        pytest.param(SSP(bound=1), 3, id="ssp-3", marks=pytest.mark.long),
         pytest.param(BSP(), 1, id="bsp-1", marks=pytest.mark.long),
         pytest.param(BSP(), 3, id="bsp-3", marks=pytest.mark.long),
     ],

@@ -19,6 +19,7 @@ from workers.tasks import task
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
 
 
+@pytest.mark.long
 def test_a_compressed_run_replays_bit_for_bit_and_tells_its_bytes(tmp_path: Path) -> None:
     """One thread each, so that sums have one order."""
     config = RunConfig(

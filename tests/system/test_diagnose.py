@@ -13,6 +13,7 @@ from workers.tasks import task
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
 
 
+@pytest.mark.long
 def test_several_workers_find_the_curvature_that_one_does(tmp_path: Path) -> None:
     config = RunConfig(workers=2, updates=300, evaluate_every_s=0, out=tmp_path / "run")
     AsyncTrainer(task("digits:hidden=8"), Momentum(lr=0.01), config).fit()

@@ -54,6 +54,7 @@ def test_workers_train_over_grpc_when_told_to_and_nothing_is_left(tmp_path: Path
     assert not (tmp_path / "run" / "connect.json").exists()
 
 
+@pytest.mark.long
 def test_a_run_whose_gateway_is_lost_ends_once_by_name_with_a_complete_record(
     tmp_path: Path,
 ) -> None:

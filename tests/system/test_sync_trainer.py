@@ -105,7 +105,9 @@ def run_digits(out: Path, digits: Task | None = None, **options: Any) -> Result:
     return SyncTrainer(digits or task("digits"), LBFGS(), RunConfig(**values), **trainers).fit()
 
 
-@pytest.mark.parametrize("collective", ["shared_memory", "gloo"])
+@pytest.mark.parametrize(
+    "collective", ["shared_memory", pytest.param("gloo", marks=pytest.mark.long)]
+)
 def test_lbfgs_learns_digits_in_rounds(tmp_path: Path, collective: str) -> None:
     result = run_digits(tmp_path / "run", collective=collective, evaluate_every_s=0.2)
 
@@ -145,6 +147,7 @@ def test_rounds_go_on_from_the_last_finished_one_whatever_happens(tmp_path: Path
     assert torch.equal(params(tmp_path / "run"), params(tmp_path / "straight"))
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     average, gate = AllIterates(start=UPDATES - 500), tmp_path / "gate"
     run(tmp_path / "straight", average=average)
@@ -271,6 +274,7 @@ def test_a_silent_rank_is_replaced(tmp_path: Path, undisturbed: Path) -> None:
     assert torch.equal(params(tmp_path / "run"), params(undisturbed))
 
 
+@pytest.mark.long
 def test_a_rank_lost_once_too_often_ends_the_run(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     look = once_at(100, gate, partial(kill_a, "ray::Rank"))
