@@ -100,7 +100,8 @@ EVERY_PROGRAM = [
 ]
 
 
-@pytest.mark.parametrize("name", EVERY_PROGRAM)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ROUNDS)
 def test_three_shards_and_a_slow_worker_end_where_one_process_does(
     name: str, tmp_path: Path
 ) -> None:

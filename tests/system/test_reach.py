@@ -84,6 +84,7 @@ def test_a_run_whose_gateway_is_lost_ends_once_by_name_with_a_complete_record(
     )
 
 
+@pytest.mark.long
 def test_a_guest_joins_over_mutual_tls_without_ray(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "certificates", "ours")
     server, guest = authority.identity("server"), authority.identity("guest")
