@@ -144,7 +144,7 @@ def _task(window: int) -> str:
 
 
 def _epochs(bench: Bench) -> float:
-    return 0.01 if bench.quick else 1.5
+    return 0.01 if bench.quick else 3
 
 
 def _grid(bench: Bench, seeds: Sequence[int], window: int, *, clip: bool) -> Grid:
@@ -167,6 +167,9 @@ def _grid(bench: Bench, seeds: Sequence[int], window: int, *, clip: bool) -> Gri
 
 
 def _final(arms: Mapping[str, Compared], arm: str) -> float:
+    """Return the median loss at the end: inf if it is not finite, nan if a run failed."""
+    if arms[arm].failed:
+        return math.nan  # of which nothing holds
     (row,) = arms[arm].summary
     loss = row.get("final_loss_median")
     return math.inf if loss is None else float(loss)

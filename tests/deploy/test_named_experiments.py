@@ -58,6 +58,25 @@ def again(name: str, out: Path) -> list[str]:
     return [claim.text for claim in found.claims]
 
 
+def test_nothing_holds_of_runs_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PARAMSERVER_DATA", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    code = main(
+        ["experiment", "truncation", "--quick", "--jobs", "1", "--out", str(tmp_path / "out")]
+    )
+
+    shown = capsys.readouterr().out
+    assert code == 1
+    assert shown.count("there is no input.txt") == 3
+    with (tmp_path / "out" / "claims.csv").open(encoding="utf-8") as file:
+        claims = [claim for claim in csv.DictReader(file) if "characters" in claim["claim"]]
+    assert len(claims) == 2
+    assert {claim["holds"] for claim in claims} == {"no"}
+
+
 def test_experiments_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment"]) == 0
 
