@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import ray
@@ -54,13 +55,14 @@ def _start(address: str | None, num_processes: int) -> None:
     try:
         if address is None:
             # One CPU a process, so that Ray starts them all at once; threads are set by the run.
-            ray.init(
-                num_cpus=num_processes,
-                include_dashboard=False,
-                object_store_memory=256 * 2**20,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
+            with _whole():
+                ray.init(
+                    num_cpus=num_processes,
+                    include_dashboard=False,
+                    object_store_memory=256 * 2**20,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
@@ -70,6 +72,34 @@ def _start(address: str | None, num_processes: int) -> None:
             f"no Ray {where}: {first_line} (start one with `ray start --head`, or leave address "
             "out)"
         ) from error
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Let a first Ctrl-C wait for the block's end, and stop the Ray that was started in it.
+
+    A Ray that is interrupted at its start is killed, not ended, and its agents stay for a minute.
+    """
+    usual, interrupts = signal.getsignal(signal.SIGINT), 0
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or usual is not signal.default_int_handler:  # no signal comes, or none of ours
+        yield
+        return
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if interrupts:
+        ray.shutdown()
+        raise KeyboardInterrupt
 
 
 def _check_reachable(address: str) -> None:
