@@ -40,9 +40,8 @@ def test_a_compressed_run_replays_bit_for_bit_and_tells_its_bytes(tmp_path: Path
     assert Replay(tmp_path / "run").run().distance == 0.0
 
 
-@pytest.mark.parametrize(
-    "collective", ["shared_memory", pytest.param("gloo", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("collective", ["shared_memory", "gloo"])
 def test_ranks_send_factors_and_stay_equal(tmp_path: Path, collective: str) -> None:
     config = RunConfig(
         workers=2, updates=60, evaluate_every_s=0, out=tmp_path / "run",

@@ -105,9 +105,8 @@ def run_digits(out: Path, digits: Task | None = None, **options: Any) -> Result:
     return SyncTrainer(digits or task("digits"), LBFGS(), RunConfig(**values), **trainers).fit()
 
 
-@pytest.mark.parametrize(
-    "collective", ["shared_memory", pytest.param("gloo", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("collective", ["shared_memory", "gloo"])
 def test_lbfgs_learns_digits_in_rounds(tmp_path: Path, collective: str) -> None:
     result = run_digits(tmp_path / "run", collective=collective, evaluate_every_s=0.2)
 
