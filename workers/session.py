@@ -55,7 +55,7 @@ def _start(address: str | None, num_processes: int) -> None:
     try:
         if address is None:
             # One CPU a process, so that Ray starts them all at once; threads are set by the run.
-            with _whole():
+            with _ctrl_c_waits():
                 ray.init(
                     num_cpus=num_processes,
                     include_dashboard=False,
@@ -75,7 +75,7 @@ def _start(address: str | None, num_processes: int) -> None:
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
+def _ctrl_c_waits() -> Iterator[None]:
     """Let a first Ctrl-C wait for the block's end, and stop the Ray that was started in it.
 
     A Ray that is interrupted at its start is killed, not ended, and its agents stay for a minute.
