@@ -101,12 +101,12 @@ def packages() -> list[str]:
     """Return the folders that Python packages come from here, this project's left out."""
     there = [Path(entry).resolve() for entry in sys.path if entry]
     standard = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")]
+    environment = Path(sys.prefix).resolve()  # often the project's own .venv
     others = [
         entry
         for entry in there
         if entry.is_dir()
-        and PROJECT not in entry.parents
-        and entry != PROJECT
+        and (not entry.is_relative_to(PROJECT) or entry.is_relative_to(environment))
         and entry not in standard
         and entry.name != "lib-dynload"
     ]
