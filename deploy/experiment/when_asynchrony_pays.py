@@ -238,10 +238,13 @@ def _claims(parts: Sequence[Part]) -> Iterator[Claim]:
 def _claim(
     cluster: str, ways: Mapping[str, Part], axis: str, one: str, how: str, other: str
 ) -> Claim:
-    """Claim that to the target ``one`` takes less than ``other``, or no less."""
+    """Claim that to the target ``one`` takes less than ``other``, or no less.
+
+    Of what nobody reached nothing holds.
+    """
     took, limit = ways[one].to_target(axis), ways[other].to_target(axis)
     return Claim(
         f"{cluster}: to the target {one} takes {how} {other}, in {axis}",
-        took < limit if how == "less than" else took >= limit,
+        took < limit if how == "less than" else limit < math.inf and took >= limit,
         f"{took:.4g} against {limit:.4g}".replace("inf", "never"),
     )

@@ -77,6 +77,21 @@ def test_nothing_holds_of_runs_that_failed(
     assert {claim["holds"] for claim in claims} == {"no"}
 
 
+def test_nothing_holds_of_a_target_that_nobody_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--quick", "--jobs", "1", "--until", "loss<=1e-9", "--out", str(tmp_path)]
+
+    assert main(["experiment", "compare", *flags]) == 0
+
+    assert "no less than" in capsys.readouterr().out
+    with (tmp_path / "claims.csv").open(encoding="utf-8") as file:
+        claims = [claim for claim in csv.DictReader(file) if "to the target" in claim["claim"]]
+    assert len(claims) == 5
+    assert {claim["holds"] for claim in claims} == {"no"}
+    assert {claim["measured"] for claim in claims} == {"never against never"}
+
+
 def test_experiments_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment"]) == 0
 
