@@ -84,6 +84,7 @@ class Door:
             fingerprint=servers.layout.fingerprint,
             layout=json.dumps(servers.layout.to_json()),
             slot_rows=servers.slot_rows,
+            agreed=servers.agreed,
             wait_s=servers.wait_s,
             timeout_s=servers.timeout_s,
             identity=own,

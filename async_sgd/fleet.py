@@ -22,7 +22,7 @@ from async_sgd.evaluations import Evaluations
 from async_sgd.plan import Plan
 from paramserver.actor import ShardActor
 from paramserver.checkpoint import Checkpoint
-from paramserver.compression import Traffic
+from paramserver.compression import Traffic, agreed_by
 from paramserver.errors import (
     ParamServerError,
     ResourceError,
@@ -70,6 +70,13 @@ class Fleet:
             timeout_s=self._config.call_timeout_s,
             wait_s=self._config.wait_timeout_s + self._config.call_timeout_s,
             slot_rows=plan.slot_rows,
+            agreed=agreed_by(
+                plan.layout,
+                plan.cuts,
+                self._config.compress,
+                self._config.compress_pull,
+                self._config.seed,
+            ),
         )
         self._shards: list[Any] = []
         self._workers: dict[int, Any] = {}

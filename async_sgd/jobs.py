@@ -188,7 +188,7 @@ class OneByOne:
 
         kept, steps = self._keeping.of(job), self._keeping.steps_of(job)
         read, batch = job.params.split(self._sizes), prepare(steps.start)
-        done = self._work(kept, read, job.worker, steps, batch, prepare)
+        done = self._work(kept, read, job.read_version, job.worker, steps, batch, prepare)
         return self._slot, self._work.send(kept, steps, done)
 
     @property
@@ -277,7 +277,7 @@ class Batched:
             job.grad, job.done = grad.clone(), done  # a row would keep all the others alive
 
     def _seen(self, job: Job) -> Tensor:
-        (seen,) = self._keeping.of(job).seen([job.params], self._keeping.steps_of(job).start)
+        (seen,) = self._keeping.of(job).seen([job.params], job.read_version)
         return seen
 
     def _take_steps(

@@ -10,10 +10,11 @@ from typing import Self
 
 from torch import Tensor
 
+from paramserver.compression import Payload
 from paramserver.errors import ProtocolError
 from paramserver.layout import Layout
 from paramserver.messages import Kind, Message, raise_failure
-from paramserver.transports import Connection
+from paramserver.transports import Connection, PayloadConnection
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,9 @@ class Client:
         self.worker, self.incarnation, self.clock = worker, incarnation, clock
         self._leader, *self._followers = connections
         self._connections = tuple(connections)
+        self._carriers = [
+            c for c in self._connections if isinstance(c, PayloadConnection) and c.carries
+        ]
         self._wait_s = wait_s
         self._seq = 0
         self._version = 0
@@ -125,6 +129,20 @@ class Client:
     def slots(self) -> tuple[Tensor, ...]:
         """Where the gradient is written before a push, one vector a shard."""
         return tuple(c.slot for c in self._connections)
+
+    @property
+    def carries(self) -> bool:
+        """Whether payloads travel in the place of vectors; see `Wire`, whose carrier it is then."""
+        return len(self._carriers) == len(self._connections)
+
+    def carry(self, shard: int, payload: Payload) -> None:
+        """Send ``payload`` to ``shard`` at the next push."""
+        self._carriers[shard].carry(payload)
+
+    @property
+    def pulled_bytes(self) -> int:
+        """Bytes of the payloads that the last read has come as."""
+        return sum(connection.pulled_bytes for connection in self._carriers)
 
     def first_read(self) -> Reading | Ended:
         """Wait for the read that joining brings; a rule may make the worker wait for it."""

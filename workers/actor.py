@@ -13,7 +13,7 @@ from torch import nn
 
 from paramserver.client import Client
 from paramserver.clipping import Clip
-from paramserver.compression import Compression
+from paramserver.compression import Agreed, Compression
 from paramserver.errors import ParamServerError
 from paramserver.freed_memory import keep_freed_memory
 from paramserver.layout import Layout
@@ -57,6 +57,8 @@ class Servers:
     transport: Transport = "auto"
     remote: Remote | None = None
     """Where they listen for workers on other machines; None if they do not."""
+    agreed: Agreed | None = None
+    """How workers compress; None if they do not."""
     machine: str = ""
     """Which one they are on, if they listen."""
 
@@ -102,6 +104,7 @@ class Servers:
                 dtype=self.layout.dtype,
                 slot_rows=self.slot_rows,
                 timeout_s=self.timeout_s,
+                agreed=self.agreed if hello.worker >= 0 else None,
             )
         return SharedMemoryConnection(
             self.addresses[shard],

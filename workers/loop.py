@@ -118,7 +118,10 @@ def train(
     work = Work(compute, bound, client.slots, look=between)
     wire: Wire | None = None
     if compress is not None or compress_pull is not None:
-        wire = Wire(layout, cuts, compress, compress_pull, seed=seed, worker=client.worker)
+        carrier = client if client.carries else None
+        wire = Wire(
+            layout, cuts, compress, compress_pull, seed=seed, worker=client.worker, carrier=carrier
+        )
     kept = Kept.at_first(task, None if local is None else local.build, wire)
     model.train()
 
@@ -135,7 +138,7 @@ def train(
         read_at = functools.partial(prepare, version=reading.version, size=size)
         batch = batch or read_at(steps.start)
         try:
-            done = work(kept, reading.params, client.worker, steps, batch, read_at)
+            done = work(kept, reading.params, reading.version, client.worker, steps, batch, read_at)
             if looks:
                 look()
         except Cancelled as cancelled:

@@ -214,10 +214,10 @@ class Kept:
             return cls(own, wire=wire)
         return cls(own, Carried(), task.recurrent.reset == "pull", wire)
 
-    def seen(self, read: Sequence[Tensor], step: int) -> Sequence[Tensor]:
-        """Return what the worker sees of what it has read, before ``step``, one vector a shard."""
+    def seen(self, read: Sequence[Tensor], version: int) -> Sequence[Tensor]:
+        """Return what the worker sees of ``version``, which it has read, one vector a shard."""
         keeps = self.own is not None and self.own.keeps  # then nothing is sent to it
-        return read if self.wire is None or keeps else self.wire.read(read, step)
+        return read if self.wire is None or keeps else self.wire.read(read, version)
 
     def sends_(self, slots: Sequence[Tensor], step: int, done: Estimated) -> bool:
         """Leave in ``slots`` what comes out of them at the server; False if that is the same.
@@ -252,6 +252,7 @@ class Work:
         self,
         kept: Kept,
         read: Sequence[Tensor],
+        version: int,
         worker: int,
         steps: range,
         batch: Given,
@@ -262,6 +263,7 @@ class Work:
         Args:
             kept: What the worker has kept, and keeps.
             read: What it has read, a vector a shard.
+            version: Of what it has read.
             worker: Its number.
             steps: Their numbers, which stand for the clock in all that is random in them.
             batch: The first step's, for which torch was seeded.
@@ -270,7 +272,7 @@ class Work:
         own, carried = kept.own, kept.carried
         if carried is not None and kept.resets and (own is None or not own.keeps):
             carried.reset()
-        read = kept.seen(read, steps.start)
+        read = kept.seen(read, version)
         if own is None:
             self._bound.read(read)
             return self._compute(batch, worker, steps.start, carried)

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from paramserver.compression.base import Compression, Compressor, Slice
+from paramserver.compression.ends import Agreed, ShardEnd, agreed_by
 from paramserver.compression.low_rank import PowerSGD
 from paramserver.compression.payload import Payload
 from paramserver.compression.quantised import QSGD, ScaledSign
@@ -23,6 +24,7 @@ from paramserver.registry import Registry
 __all__ = [
     "COMPRESSIONS",
     "QSGD",
+    "Agreed",
     "BFloat16",
     "Compression",
     "Compressor",
@@ -33,10 +35,12 @@ __all__ = [
     "PowerSGD",
     "RandomK",
     "ScaledSign",
+    "ShardEnd",
     "Slice",
     "TopK",
     "Traffic",
     "Wire",
+    "agreed_by",
     "check_pull",
     "compressor_of",
     "wire_bytes",

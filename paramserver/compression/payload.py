@@ -54,9 +54,14 @@ class Payload:
         return num_bytes(self.kind, self.numel, self.dtype, shapes)
 
     @property
+    def as_bytes(self) -> list[Tensor]:
+        """The bytes of each tensor, uint8, not copied."""
+        return [tensor.view(torch.uint8) for tensor in self.tensors]
+
+    @property
     def raw(self) -> Tensor:
         """The bytes of all tensors, one after another, for who knows what they are."""
-        return torch.cat([tensor.view(torch.uint8) for tensor in self.tensors])
+        return torch.cat(self.as_bytes)
 
     def to_bytes(self) -> bytes:
         """Write header and tensors."""

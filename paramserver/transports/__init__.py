@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from paramserver.compression import Payload
 from paramserver.messages import Message
 
 
@@ -56,3 +57,17 @@ class Connection(Protocol):
 
     def close(self) -> None:
         """End the connection; the shard forgets the worker. Closing twice is harmless."""
+
+
+@runtime_checkable
+class PayloadConnection(Connection, Protocol):
+    """A `Connection` that can carry payloads in the place of vectors."""
+
+    carries: bool
+    """Whether it does: that was agreed when it was made."""
+
+    pulled_bytes: int
+    """Of the payload that the last read has come as, its header included."""
+
+    def carry(self, payload: Payload) -> None:
+        """Send ``payload`` at the next push, which may be sent more than once."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from paramserver.compression import Agreed
 from paramserver.errors import ProtocolError, ResourceError
 from paramserver.messages import Kind, Message
 from paramserver.transports.sessions import Session
@@ -21,10 +22,21 @@ Connect = Callable[[int, Message, str], SharedMemoryConnection]
 class Conversations:
     """Sessions by their names; a thread of its own ends those whose clients stay away."""
 
-    def __init__(self, connect: Connect, *, num_shards: int, limit: int, linger_s: float) -> None:
-        """Have ``limit`` at most; one without a stream ends after ``linger_s``."""
+    def __init__(
+        self,
+        connect: Connect,
+        *,
+        num_shards: int,
+        limit: int,
+        linger_s: float,
+        agreed: Agreed | None = None,
+    ) -> None:
+        """Have ``limit`` at most; one without a stream ends after ``linger_s``.
+
+        ``agreed`` is for clients that compress.
+        """
         self._connect, self._num_shards = connect, num_shards
-        self._limit, self._linger_s = limit, linger_s
+        self._limit, self._linger_s, self._agreed = limit, linger_s, agreed
         self._sessions: dict[bytes, Session] = {}
         self._opening: set[bytes] = set()
         self._lock = threading.Lock()  # of the two above
@@ -56,6 +68,9 @@ class Conversations:
             raise ProtocolError("a session's name has 16 bytes")
         if not 0 <= shard < self._num_shards:
             raise ProtocolError(f"there are {self._num_shards} shards, and none is {shard}")
+        compresses = metadata.get("paramserver-payloads") == "1"
+        if compresses and self._agreed is None:
+            raise ProtocolError("this client compresses, and this run does not")
         hello = Message(Kind.HELLO, worker=worker, incarnation=incarnation)
         with self._lock:
             session = self._sessions.get(name)
@@ -74,7 +89,8 @@ class Conversations:
         try:
             model = metadata.get("paramserver-model-bin", b"")
             fingerprint = model[:64].decode(errors="replace") if isinstance(model, bytes) else ""
-            session = Session(self._connect(shard, hello, fingerprint), hello)
+            end = self._agreed.shard_end(shard, worker) if compresses and self._agreed else None
+            session = Session(self._connect(shard, hello, fingerprint), hello, end)
             with self._lock:
                 self._sessions[name] = session
         finally:

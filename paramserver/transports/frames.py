@@ -49,23 +49,29 @@ class Received:
     dtype: str
     offset: int
     checksum: int
+    received: int
+    """The last of the other side's messages that the sender has whole."""
     bye: bool
     data: memoryview
     """Not copied."""
 
 
-def write_message(m: Message, number: int, tensors: Sequence[Tensor] = ()) -> Iterator[bytes]:
+def write_message(
+    m: Message, number: int, tensors: Sequence[Tensor] = (), *, received: int = 0
+) -> Iterator[bytes]:
     """Yield the frames of a message and its ``tensors``, which are read as the frames are made.
 
     Args:
         m: What is said.
         number: Of the message, from 1.
         tensors: Contiguous, of one dtype.
+        received: The last of the other side's messages that is here.
     """
     parts = [as_bytes(tensor) for tensor in tensors]
     dtype = dtype_name(tensors[0].dtype) if tensors else ""
     length = sum(len(part) for part in parts)
-    frame = Frame(number=number, message=Said(**m._asdict()), length=length, dtype=dtype)
+    said = Said(**m._asdict())
+    frame = Frame(number=number, message=said, length=length, dtype=dtype, received=received)
     offset = 0
     for part in parts:
         for start in range(0, len(part), CHUNK_BYTES):
@@ -103,6 +109,7 @@ def read_frame(encoded: bytes) -> Received:
         dtype=frame.dtype,
         offset=frame.offset,
         checksum=frame.checksum,
+        received=frame.received,
         bye=frame.bye,
         data=data,
     )

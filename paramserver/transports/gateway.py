@@ -21,6 +21,7 @@ import grpc
 import torch
 
 from paramserver.client import Client
+from paramserver.compression import Agreed
 from paramserver.errors import ParamServerError, ResourceError
 from paramserver.messages import Kind, Message
 from paramserver.transports import schema
@@ -71,6 +72,9 @@ class GatewayConfig:
 
     slot_rows: int = 1
     """Rows of a gradient slot."""
+
+    agreed: Agreed | None = None
+    """How the run's own workers compress; None if they do not."""
 
     wait_s: float = 120.0
     """Seconds an answer may take, a rule's waiting included."""
@@ -126,6 +130,7 @@ class Gateway:
             num_shards=len(config.shards),
             limit=config.num_clients,
             linger_s=config.linger_s,
+            agreed=config.agreed,
         )
         self._counted = dict.fromkeys(("messages", "refused", "received_bytes", "sent_bytes"), 0)
         self._calls = Rate(config.calls_per_s)

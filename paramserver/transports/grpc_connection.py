@@ -4,6 +4,9 @@ The slot and the buffers are the client's own memory; frames bring them to the s
 read granted in the place of a cancelled one comes into the other of two buffers, so a reading stays
 as it is until the next one is asked for.
 
+Payloads, where they are agreed on, travel in the place of slot and parameters. A pull may bring the
+difference to what the one before has brought, so each is taken once and in order.
+
 A stream that breaks is opened again while an answer is waited for, and what was not answered is
 sent once more; the shard does it once. Where nobody listens any more there is nothing to wait for:
 a gateway that has ended does not come back in its run.
@@ -24,6 +27,7 @@ import grpc
 import torch
 from torch import Tensor
 
+from paramserver.compression import Agreed, Payload
 from paramserver.errors import ParamServerError, ServerLostError, ServerTimeoutError
 from paramserver.messages import Kind, Message
 from paramserver.transports import schema
@@ -73,8 +77,11 @@ class GrpcConnection:
         dtype: torch.dtype = torch.float32,
         slot_rows: int = 1,
         timeout_s: float = 60.0,
+        agreed: Agreed | None = None,
     ) -> None:
         """Connect and say ``hello``, whose text is the layout's fingerprint.
+
+        With ``agreed`` payloads travel, as they are agreed on.
 
         Raises:
             ServerLostError: Nobody listens there, or the certificates do not let the two speak.
@@ -86,6 +93,10 @@ class GrpcConnection:
         """Messages that were put on their way, again or for the first time."""
         self.slot = torch.zeros(slot_rows * numel, dtype=dtype)
         self.buffers: Sequence[Tensor] = [torch.zeros(numel, dtype=dtype) for _ in range(4)]
+        self.carries = agreed is not None
+        self._payload: Payload | None = None  # of the push that is not answered yet
+        self._pull_end = None if agreed is None else agreed.pull_end(shard)
+        self._raw = torch.empty(0, dtype=torch.uint8)  # what of a payload has come
         self._remote, self._hello = remote, hello
         self._session = os.urandom(16)
         self._condition = threading.Condition()  # guards what follows
@@ -105,6 +116,15 @@ class GrpcConnection:
         if self.welcome.kind != Kind.WELCOME:
             self.close()
             raise_refusal(self.welcome)
+
+    @property
+    def pulled_bytes(self) -> int:
+        """Of the payload that the last read has come as, its header included."""
+        return 0 if self._pull_end is None else self._pull_end.num_bytes
+
+    def carry(self, payload: Payload) -> None:
+        """Send ``payload`` at the next push, in the place of what is in the slot."""
+        self._payload = payload
 
     def send(self, message: Message) -> None:
         """Put ``message`` on its way, with what is in the slot if it is a push."""
@@ -195,6 +215,7 @@ class GrpcConnection:
             ("paramserver-incarnation", str(self._hello.incarnation)),
             ("paramserver-model-bin", self._hello.text.encode()),
             ("paramserver-received", str(self._received)),
+            *([("paramserver-payloads", "1")] if self.carries else []),
         )
         call = self._channel.stream_stream(schema.method("Exchange"))(
             self._frames(outgoing), metadata=metadata
@@ -208,9 +229,14 @@ class GrpcConnection:
         """Yield the frames of what is put into ``outgoing``; gRPC takes one when it has room."""
         for message in iter(outgoing.get, None):
             self._number += 1
-            tensors = [self.slot] if message.kind == Kind.PUSH else []
-            yield from write_message(message, self._number, tensors)
+            tensors = self._pushed() if message.kind == Kind.PUSH else []
+            yield from write_message(message, self._number, tensors, received=self._received)
         yield write_bye()
+
+    def _pushed(self) -> list[Tensor]:
+        """Return what a push brings: a payload, or what is in the slot."""
+        payload = self._payload
+        return [self.slot] if payload is None else payload.as_bytes
 
     def _read(self, stream: _Stream) -> None:
         error: BaseException | None = None
@@ -220,7 +246,7 @@ class GrpcConnection:
                 frame = read_frame(encoded)
                 if filling is None:
                     message = read_message(frame)
-                    filling = Filling(frame, *self._place(message))
+                    filling = Filling(frame, *self._place(message, frame.length))
                 else:
                     filling.add(frame)
                 if filling.is_whole:
@@ -236,13 +262,15 @@ class GrpcConnection:
                 self._condition.notify_all()
             stream.outgoing.put(None)  # else gRPC's thread waits for the next frame for ever
 
-    def _place(self, message: Message) -> tuple[Message, list[Tensor]]:
-        """Choose the buffers a grant's tensors go to."""
+    def _place(self, message: Message, length: int) -> tuple[Message, list[Tensor]]:
+        """Choose the buffers a grant's tensors go to, of ``length`` bytes in all."""
         if message.kind != Kind.GRANT:
             return message, []
-        other = 1 - self._current
+        other = 1 - self._current if length else self._current  # no tensors: what was read before
         vector = -1 if message.vector < 0 else 2 + other
-        tensors = [self.buffers[i] for i in (other, vector) if i >= 0]
+        tensors = [self.buffers[i] for i in (other, vector) if i >= 0 and length]
+        if tensors and self._pull_end is not None:
+            tensors = [self._raw.resize_(self._pull_end.next_bytes)]
         return message._replace(buffer=other, vector=vector), tensors
 
     def _arrived(self, stream: _Stream, filling: Filling) -> None:
@@ -251,12 +279,15 @@ class GrpcConnection:
             if stream is not self._stream or filling.number <= self._received:
                 return
             self._received = filling.number
-            if message.kind == Kind.GRANT:
+            if message.kind == Kind.GRANT and message.buffer != self._current:
+                if self._pull_end is not None:
+                    before, out = self.buffers[self._current], self.buffers[message.buffer]
+                    self._pull_end.pulled(self._raw, before, out)
                 self._current = message.buffer
             if self._unanswered is not None and (
                 message.kind in (Kind.END, Kind.FAIL)
                 or (message.kind == Kind.GRANT and message.seq == self._unanswered.seq)
             ):
-                self._unanswered = None
+                self._unanswered = self._payload = None
             self._inbox.append(message)
             self._condition.notify_all()

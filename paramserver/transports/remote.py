@@ -40,7 +40,7 @@ COMMON_OPTIONS: Final = (
 SERVER_OPTIONS: Final = (
     *COMMON_OPTIONS,
     ("grpc.so_reuseport", 0),  # else two runs could share one port, and each get half the calls
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
 )
 _CLIENT_OPTIONS: Final = (
     *COMMON_OPTIONS,

@@ -7,6 +7,10 @@
 Tensors are copied from frames into the shard's own gradient slot as they come, and read for frames
 from its own snapshot buffers. So nothing the size of a model is allocated for a client but what any
 local one has, and a push reaches the shard only when it has come whole.
+
+A client that compresses has the shard's end of its wire here, too: its payloads come out in the
+slot, and what it is shown of a snapshot is kept until it surely has that, since what it is shown
+next may be the difference to it.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
+import torch
 from torch import Tensor
 
+from paramserver.compression import ShardEnd
 from paramserver.errors import ParamServerError, ProtocolError, ServerLostError
 from paramserver.messages import Kind, Message, failure
 from paramserver.transports.frames import Filling, read_frame, read_message, write_message
@@ -34,11 +41,26 @@ _POLL_MS: Final = 250
 _NUM_KEPT: Final = 16
 
 
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A message for the client, until it is surely there."""
+
+    number: int
+    message: Message
+    shown: list[Tensor] | None = None
+    """The payload that was made for it; none for others than those of clients that compress."""
+
+
 class Session:
     """One client's place at one shard. A stream's two threads use it, and the gateway's own."""
 
-    def __init__(self, connection: SharedMemoryConnection, hello: Message) -> None:
-        """Speak for a client over ``connection``, on which ``hello`` was said."""
+    def __init__(
+        self, connection: SharedMemoryConnection, hello: Message, end: ShardEnd | None = None
+    ) -> None:
+        """Speak for a client over ``connection``, on which ``hello`` was said.
+
+        ``end`` is the shard's end of the wire, for a client that compresses.
+        """
         self.hello, self.shard = hello, connection.shard
         self.detached_at: float | None = None
         """When the last stream ended; None while there is one."""
@@ -46,7 +68,11 @@ class Session:
         """Whether the client has left, or was shown out."""
         self._connection = connection
         self._lock = threading.Lock()  # of all below; the connection is closed under it only
-        self._kept: deque[tuple[int, Message]] = deque(maxlen=_NUM_KEPT)
+        self._end = end
+        self._showing = threading.Lock()  # what is shown is made once, and in order
+        self._last_shown = (-1, -1)  # its seq and version
+        self._no_read = 0  # seq of a push whose client takes nothing over from its grant
+        self._kept: deque[_Kept] = deque(maxlen=_NUM_KEPT)
         self._number = 0
         self._stream = 0
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -58,9 +84,10 @@ class Session:
         with self._lock:
             self._number += 1
             if message.kind == Kind.GRANT:  # the read granted before is not leased any more
-                for old in [k for k in self._kept if k[1].kind == Kind.GRANT]:
-                    self._kept.remove(old)
-            self._kept.append((self._number, message))
+                for old in [k for k in self._kept if k.message.kind == Kind.GRANT]:
+                    if old.shown is None:
+                        self._kept.remove(old)
+            self._kept.append(_Kept(self._number, message))
             self._wake()
 
     def attach(self) -> int:
@@ -100,15 +127,32 @@ class Session:
                 self.is_over = True
                 return
             if filling is None:
-                message = read_message(frame)
-                tensors = [self._connection.slot] if message.kind == Kind.PUSH else []
-                filling = Filling(frame, message, tensors)
+                message, raw = read_message(frame), None
+                self._has(frame.received)
+                if message.kind == Kind.PUSH and frame.dtype == "uint8":
+                    raw = self._room_for_payload()
+                slot = [self._connection.slot] if message.kind == Kind.PUSH else []
+                filling = Filling(frame, message, slot if raw is None else [raw])
             else:
                 filling.add(frame)
             if is_whole := filling.is_whole:
+                if raw is not None and self._end is not None:
+                    self._end.pushed(raw, self._connection.slot)
                 self._pass_on(filling.message)
                 filling = None
             yield len(each), is_whole
+
+    def _room_for_payload(self) -> Tensor:
+        size = None if self._end is None else self._end.push_bytes
+        if size is None:
+            raise ProtocolError("a payload came, and none was agreed on")
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _has(self, received: int) -> None:
+        """Forget what the client says that it has."""
+        with self._lock:
+            while self._kept and self._kept[0].number <= received:
+                self._kept.popleft()
 
     def _pass_on(self, message: Message) -> None:
         if message.kind not in _TAKEN:
@@ -117,6 +161,8 @@ class Session:
             self.tell(failure(refusal))
             return
         with self._lock:
+            if message.kind == Kind.PUSH and message.step:
+                self._no_read = message.seq
             if not self._is_closed:
                 self._connection.send(message)
 
@@ -130,10 +176,11 @@ class Session:
         poller = select.poll()
         poller.register(self._connection, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
+        self._has(received)
         while self.is_on(stream):
-            for number, message in self._after(received):
-                received = number
-                yield from write_message(message, number, self._tensors(message))
+            for kept in self._after(received):
+                received = kept.number
+                yield from write_message(kept.message, kept.number, self._tensors(kept))
             if self.is_over:
                 return
             if not self._hear() and self.is_on(stream):
@@ -168,15 +215,30 @@ class Session:
         self.tell(message)
         return True
 
-    def _after(self, received: int) -> list[tuple[int, Message]]:
+    def _after(self, received: int) -> list[_Kept]:
         with self._lock:
-            return [(number, message) for number, message in self._kept if number > received]
+            return [kept for kept in self._kept if kept.number > received]
 
-    def _tensors(self, message: Message) -> list[Tensor]:
-        if message.kind != Kind.GRANT:
+    def _tensors(self, kept: _Kept) -> list[Tensor]:
+        """Return what a message brings the client."""
+        message = kept.message
+        if message.kind != Kind.GRANT or message.seq == self._no_read > 0:
             return []
         indices = [message.buffer] if message.vector < 0 else [message.buffer, message.vector]
-        return [self._connection.buffers[i] for i in indices]
+        vectors = [self._connection.buffers[i] for i in indices]
+        if self._end is None or not self._end.compresses_pulls:
+            return vectors
+        with self._showing:
+            if kept.shown is None:
+                kept.shown = self._show(self._end, message, vectors[0])
+            return kept.shown
+
+    def _show(self, end: ShardEnd, message: Message, params: Tensor) -> list[Tensor]:
+        """Make what a client that compresses is shown."""
+        if (message.seq, message.version) == self._last_shown:  # of a push that came twice
+            return []
+        self._last_shown = (message.seq, message.version)
+        return end.shows(params, message.version).as_bytes
 
     def _calm(self) -> None:
         with self._lock, contextlib.suppress(BlockingIOError):  # it was not what has woken us

@@ -420,6 +420,21 @@ def retry_until_there_is_a_network(client: Client) -> None:
 
 
 @pytest.mark.long
+def test_a_worker_that_computes_for_a_minute_keeps_its_stream() -> None:
+    """Its keep-alive pings are not taken for too many."""
+    with start() as cluster:
+        client = cluster.join(0)
+        client.first_read()
+        streams = [connection._stream for connection in client._connections]  # type: ignore[attr-defined]
+
+        time.sleep(60)
+
+        assert [connection._stream for connection in client._connections] == streams  # type: ignore[attr-defined]
+        assert not any(stream.is_over for stream in streams)
+        assert torch.equal(push(client), torch.full((NUMEL,), -1.0))
+
+
+@pytest.mark.long
 def test_a_network_cut_for_five_seconds_costs_five_seconds_and_no_push(
     wired: tuple[GrpcCluster, Wire],
 ) -> None:

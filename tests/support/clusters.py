@@ -373,9 +373,20 @@ class GrpcCluster(SharedMemoryCluster):
         return connection, connection.welcome
 
     def dial(
-        self, shard: int, worker: int, incarnation: int, token: str, fingerprint: str, **of: Any
+        self,
+        shard: int,
+        worker: int,
+        incarnation: int,
+        token: str,
+        fingerprint: str,
+        *,
+        compresses: bool = True,
+        **of: Any,
     ) -> GrpcConnection:
-        """Say hello to one shard over the network; ``of`` changes how it is spoken to."""
+        """Say hello to one shard over the network; ``of`` changes how it is spoken to.
+
+        The client ``compresses`` if the run does.
+        """
         remote = Remote(**{"address": self.gateway.address, "token": token, **of})
         connection = GrpcConnection(
             remote,
@@ -385,6 +396,7 @@ class GrpcCluster(SharedMemoryCluster):
             dtype=self.dtype,
             slot_rows=self.slot_rows,
             timeout_s=5.0,
+            agreed=self.gateway.config.agreed if compresses else None,
         )
         self._dialled.append(connection)
         return connection

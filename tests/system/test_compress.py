@@ -12,6 +12,7 @@ from async_sgd.trainer import AsyncTrainer
 from deploy.outcome import outcome
 from paramserver.compression import COMPRESSIONS
 from paramserver.optimizers import Adam
+from paramserver.reach import Reach, Transport
 from sync.trainer import SyncTrainer
 from workers.config import RunConfig
 from workers.tasks import task
@@ -20,14 +21,19 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtu
 
 
 @pytest.mark.long
-def test_a_compressed_run_replays_bit_for_bit_and_tells_its_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["shared-memory", "grpc"])
+def test_a_compressed_run_replays_bit_for_bit_and_tells_its_bytes(
+    tmp_path: Path, transport: Transport
+) -> None:
     """One thread each, so that sums have one order."""
     config = RunConfig(
         workers=2, updates=60, evaluate_every_s=0, threads=1, out=tmp_path / "run",
         compress=COMPRESSIONS.parse("top-k:share=0.05"), compress_pull=COMPRESSIONS.parse("int8"),
     )  # fmt: skip
 
-    AsyncTrainer(task("digits:hidden=8"), Adam(lr=0.01), config, shards=2).fit()
+    AsyncTrainer(
+        task("digits"), Adam(lr=0.01), config, shards=2, reach=Reach(transport=transport)
+    ).fit()
 
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     push, pull = record["traffic"]["push"], record["traffic"]["pull"]
@@ -37,6 +43,10 @@ def test_a_compressed_run_replays_bit_for_bit_and_tells_its_bytes(tmp_path: Path
     assert [name for name in outcome(record).columns[0].cells if name.endswith("ed")] == [
         "pushed", "pulled", "dropped",
     ]  # fmt: skip
+    if transport == "grpc":
+        gateway, plain = record["gateway"], push["plain_bytes"]
+        assert push["bytes"] < gateway["received_bytes"] < plain / 3  # the rest are headers
+        assert gateway["sent_bytes"] < pull["plain_bytes"] / 1.5
     assert Replay(tmp_path / "run").run().distance == 0.0
 
 
