@@ -44,9 +44,9 @@ def test_a_compressed_run_replays_bit_for_bit_and_tells_its_bytes(
         "pushed", "pulled", "dropped",
     ]  # fmt: skip
     if transport == "grpc":
-        gateway, plain = record["gateway"], push["plain_bytes"]
-        assert push["bytes"] < gateway["received_bytes"] < plain / 3  # the rest are headers
-        assert gateway["sent_bytes"] < pull["plain_bytes"] / 1.5
+        gateway = record["gateway"]  # headers that travel are others than those that are counted
+        assert gateway["received_bytes"] == pytest.approx(push["bytes"], rel=0.1)
+        assert gateway["sent_bytes"] == pytest.approx(pull["bytes"], rel=0.2)  # evaluations, too
     assert Replay(tmp_path / "run").run().distance == 0.0
 
 
