@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from paramserver.client import Reading
+from paramserver.compression import Agreed, Int8, TopK
+from paramserver.layout import Layout, Slot
 from tests.support.clusters import FINGERPRINT, TOKEN, GrpcCluster
 from tests.support.fuzz import Fuzzer
 
 NUMEL = 640
+LAYOUT = Layout((Slot("weight", 0, (16, 40)),), torch.float32)
+AGREED = Agreed(layout=LAYOUT, cuts=LAYOUT.cuts(2), push=TopK(share=0.1), pull=Int8(), seed=0)
 
 
 class OpenCluster(GrpcCluster):
@@ -23,6 +27,7 @@ class OpenCluster(GrpcCluster):
         "calls_per_s": 1e6,
         "linger_s": 0.1,
         "num_clients": 16,
+        "agreed": AGREED,
     }
 
 
@@ -38,8 +43,10 @@ def test_nonsense_changes_nothing(num_messages: int) -> None:
     with OpenCluster(torch.ones(NUMEL), shards=2, readers=9) as cluster:
         client = cluster.join(0)
         client.first_read()
+        assert cluster.cuts == AGREED.cuts
+        payload_bytes = AGREED.shard_end(0, 0).push_bytes or 0
         make = lambda seed: Fuzzer(  # noqa: E731
-            cluster.gateway.address, TOKEN, FINGERPRINT, NUMEL // 2, seed
+            cluster.gateway.address, TOKEN, FINGERPRINT, NUMEL // 2, seed, payload_bytes
         )
         make(0).run(200)
         before, threads = resident(), threading.active_count()
@@ -58,4 +65,5 @@ def test_nonsense_changes_nothing(num_messages: int) -> None:
             slot.fill_(1.0)
         reading = client.push(norm=1.0)
         assert isinstance(reading, Reading)
-        assert torch.equal(torch.cat(reading.params), torch.zeros(NUMEL))
+        assert torch.allclose(torch.cat(reading.params), torch.zeros(NUMEL), atol=0.01)
+        assert torch.equal(cluster.params(), torch.zeros(NUMEL))

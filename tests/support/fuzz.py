@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from typing import Any
 
 import grpc
@@ -20,7 +21,16 @@ _PER_STREAM = 20
 class Fuzzer:
     """Sends nonsense over one channel; every answer is fine but a crash."""
 
-    def __init__(self, address: str, token: str, fingerprint: str, numel: int, seed: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        fingerprint: str,
+        numel: int,
+        seed: int,
+        payload_bytes: int = 0,
+    ) -> None:
+        self._payload_bytes = payload_bytes
         self._channel = grpc.insecure_channel(address)
         self._random = random.Random(seed)
         self._token, self._fingerprint, self._numel = token, fingerprint, numel
@@ -70,6 +80,8 @@ class Fuzzer:
             "paramserver-model-bin": self._fingerprint.encode(),
             "paramserver-received": "0",
         }
+        if r.random() < 0.5:
+            right["paramserver-payloads"] = "1"
         if r.random() < 0.4:
             key = r.choice(list(right))
             wrong: list[str | bytes] = (
@@ -101,13 +113,16 @@ class Fuzzer:
         )
         frame: Any = Frame(
             number=r.choice((0, 1, 2, 2**63)),
-            length=r.choice((0, 4 * self._numel, 4 * self._numel + 1, 2**63)),
-            dtype=r.choice(("", "float32", "float64", "object")),
+            length=r.choice((0, 4 * self._numel, 4 * self._numel + 1, self._payload_bytes, 2**63)),
+            dtype=r.choice(("", "float32", "float64", "uint8", "object")),
+            received=r.choice((0, 0, 1, 2**63)),
             offset=r.choice((0, 4, 2**63)),
             checksum=r.choice((0, r.getrandbits(32))),
             bye=r.random() < 0.02,
-            data=r.randbytes(r.choice((0, 1, 100, 4 * self._numel))),
+            data=r.randbytes(r.choice((0, 1, 100, 4 * self._numel, self._payload_bytes))),
         )
+        if r.random() < 0.5:
+            frame.offset, frame.checksum = 0, zlib.crc32(frame.data)
         if r.random() < 0.8:
             frame.message.CopyFrom(said)
         encoded: bytes = frame.SerializeToString()
