@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 from paramserver.compression.base import Compressor, Slice
 
 _LARGEST = 127
+_AT_ONCE = 2**20
+"""Elements looked at together: few enough that what is made of them stays near the processor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,17 +103,25 @@ class _Blocks(Compressor):
         self._block = block
 
     def _compressed(self, vector: Tensor, seed: int) -> tuple[Tensor, ...]:
-        rows = in_rows(vector, self._block)
-        steps = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1).div_(_LARGEST)
-        # Where the step is too small for a float, everything comes out as 0.
-        whole = torch.where(steps > 0, steps, 1)
-        q = (rows / whole[:, None]).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
-        return q.view(-1)[: self.slice.numel].contiguous(), steps
+        all_rows = in_rows(vector, self._block)
+        all_steps = vector.new_empty(len(all_rows))
+        q = torch.empty(all_rows.shape, dtype=torch.int8)
+        for start in range(0, len(all_rows), max(1, _AT_ONCE // self._block)):
+            at = slice(start, start + max(1, _AT_ONCE // self._block))
+            rows, scaled = all_rows[at], all_rows[at].abs()
+            steps = torch.div(scaled.amax(1), _LARGEST, out=all_steps[at])
+            # Where the step is too small for a float, everything comes out as 0.
+            whole = torch.where(steps > 0, steps, 1)
+            torch.div(rows, whole[:, None], out=scaled)
+            q[at] = scaled.round_().clamp_(-_LARGEST, _LARGEST)
+        return q.view(-1)[: self.slice.numel].contiguous(), all_steps
 
     def _decompress(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
         q, steps = tensors
-        rows = in_rows(q.to(out.dtype), self._block).mul_(steps[:, None])
-        out.copy_(rows.view(-1)[: self.slice.numel])
+        out.copy_(q)
+        last = len(q) // self._block * self._block  # where the last block begins, if it is short
+        out[:last].view(-1, self._block).mul_(steps[: last // self._block, None])
+        out[last:].mul_(steps[-1])
 
 
 def in_rows(vector: Tensor, length: int) -> Tensor:
