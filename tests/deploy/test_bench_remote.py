@@ -3,13 +3,25 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deploy import benching
-from deploy.bench import namespaces
+from deploy.bench import namespaces, remote_peers
+from deploy.bench.figures import Report
+from deploy.bench.namespaces import Networks
+from deploy.bench.remote_raylets import SgdServer, store_bytes
 from deploy.flags import UsageError
+
+needs_networks = pytest.mark.skipif(
+    namespaces.why_not() is not None, reason=str(namespaces.why_not())
+)
 
 
 def test_where_no_networks_can_be_made_it_says_why_and_what_to_do(
@@ -37,7 +49,7 @@ def test_push_and_pull_is_measured_over_loopback(capfd: pytest.CaptureFixture[st
     assert all(figure["median"] > 0 for figure in figures)
 
 
-@pytest.mark.skipif(namespaces.why_not() is not None, reason=str(namespaces.why_not()))
+@needs_networks
 def test_two_networks_see_each_other_and_nothing_of_them_is_left() -> None:
     with namespaces.networks() as networks:
         routes = networks.inside("near", ["ip", "route"])
@@ -54,3 +66,178 @@ def test_two_networks_see_each_other_and_nothing_of_them_is_left() -> None:
 
 def _own_addresses() -> str:
     return subprocess.run(["ip", "addr"], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_peer_at_the_far_end_takes_a_step_on_a_read_only_gradient() -> None:
+    server = SgdServer(3, lr=0.5)
+    gradient = np.array([1, 2, -4], np.float32)
+    gradient.flags.writeable = False
+    server.push_pull(gradient)
+
+    params = server.push_pull(gradient)
+
+    assert params.tolist() == [-1, -2, 4]
+
+
+@pytest.mark.parametrize("numel", [2**16, 2**23, 2**25])
+def test_an_object_store_has_room_for_several_exchanges_a_second(numel: int) -> None:
+    assert store_bytes(numel) >= 16 * 4 * numel
+
+
+def test_an_end_without_namespaces_of_its_own_leaves_this_machine_alone() -> None:
+    command = [sys.executable, "-m", "deploy.bench.remote_raylets", "far", "8"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "an end has namespaces of its own; paramserver bench makes them" in done.stderr
+
+
+def test_an_end_knows_nothing_of_another_ray() -> None:
+    own = {"PATH": "/bin", "RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_MODE": "token"}
+
+    environment = remote_peers.environment(own)
+
+    assert environment["PATH"] == "/bin"
+    assert "RAY_ADDRESS" not in environment
+    assert environment["RAY_AUTH_MODE"] == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "told"),
+    [
+        ({"ours": [2.0]}, None),
+        ({"ours": [2.0], remote_peers.RAY: []}, None),
+        ({"ours": [2.0], remote_peers.RAY: [6.0]}, None),
+        (
+            {"ours": [2.0], remote_peers.RAY: [5.0]},
+            "ours is 2.50 times as fast as Ray object store; the aim is 3",
+        ),
+    ],
+)
+def test_a_missed_aim_is_told(rounds: dict[str, list[float]], told: str | None) -> None:
+    assert remote_peers.missed(rounds) == told
+
+
+def test_a_peer_that_fails_has_no_more_turns_and_the_benchmark_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(repeats: int) -> list[float]:
+        raise RuntimeError("its near end has failed")
+
+    report, rounds = Report("remote", json=True, quick=False), {"ours": [1.0]}
+    peers: dict[str, remote_peers.Measure] = {"broken": fail, "well": lambda repeats: [2.0]}
+
+    remote_peers.take_turns(report, peers, 1, rounds)
+
+    assert list(peers) == ["well"]
+    assert rounds["well"] == [2.0]
+    assert not report.ours_failed
+    assert "broken: did not run: RuntimeError: its near end has failed" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.system
+@pytest.mark.timeout(300)
+@needs_networks
+def test_the_peers_row_is_printed_and_nothing_of_ray_is_left() -> None:
+    with _bench("--json") as bench:
+        seen: dict[int, str] = {}
+        while bench.poll() is None:
+            seen |= _descendants(bench.pid)
+            time.sleep(0.1)
+        assert bench.stdout is not None
+        figures = [json.loads(line) for line in bench.stdout]
+
+    bare = [f for f in figures if "link" not in f["size"]]
+    assert bench.returncode == 0
+    assert [f["contender"] for f in bare] == ["ours", "TCP socket", "Ray object store"]
+    assert all(f["ratios"]["Ray object store"] > 0 for f in bare)
+    assert "Ray object store" not in {f["contender"] for f in figures if f not in bare}
+    assert list(seen.values()).count("raylet") == 2
+    assert not _alive(seen)
+    assert not _files_of_ray()
+
+
+@pytest.mark.long
+@pytest.mark.system
+@pytest.mark.timeout(300)
+@needs_networks
+def test_nothing_of_ray_outlives_a_benchmark_that_is_killed() -> None:
+    with _bench() as bench:
+        while list((seen := _descendants(bench.pid)).values()).count("raylet") < 2:
+            assert bench.poll() is None
+            time.sleep(0.1)
+
+        bench.kill()
+
+        deadline = time.monotonic() + 20
+        while (alive := _alive(seen)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert not alive
+    assert not _files_of_ray()
+
+
+@pytest.mark.long
+@pytest.mark.system
+@pytest.mark.timeout(300)
+@needs_networks
+def test_the_peers_gradient_and_parameters_go_over_the_cable() -> None:
+    report, numel = Report("remote", json=True, quick=True), 2**20
+    with (
+        namespaces.networks() as networks,
+        remote_peers.started(report, networks, numel) as peers,
+    ):
+        sent, received = _over_the_cable(networks)
+
+        times = peers[remote_peers.RAY](2)
+
+        sent_now, received_now = _over_the_cable(networks)
+    assert len(times) == 2
+    exchanged = 3 * 4 * numel  # one exchange warms up
+    assert exchanged <= sent_now - sent < 1.2 * exchanged
+    assert exchanged <= received_now - received < 1.2 * exchanged
+
+
+@contextmanager
+def _bench(*words: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "deploy", "bench", "remote", "--quick", "--peers", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bench:
+        try:
+            yield bench
+        finally:
+            bench.kill()
+
+
+def _descendants(pid: int) -> dict[int, str]:
+    """The names of the processes that ``pid`` or its descendants have started, by id."""
+    parents: dict[int, tuple[int, str]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(") ")
+            except OSError:  # it has ended meanwhile
+                continue
+            parents[int(folder.name)] = int(rest.split()[1]), name
+    found, new = {}, {pid}
+    while new:
+        new = {child for child, (parent, _) in parents.items() if parent in new}
+        found |= {child: parents[child][1] for child in new}
+    return found
+
+
+def _alive(pids: dict[int, str]) -> dict[int, str]:
+    return {pid: name for pid, name in pids.items() if Path(f"/proc/{pid}").exists()}
+
+
+def _files_of_ray() -> list[str]:
+    """Files where the benchmark's Ray has its own, had it not a ``/dev/shm`` to itself."""
+    return [name for name in os.listdir("/dev/shm") if name.startswith(("ray", "plasma"))]
+
+
+def _over_the_cable(networks: Networks) -> tuple[int, int]:
+    """Bytes the near network has sent and received."""
+    command = networks.inside("near", ["ip", "-s", "-j", "link", "show", "cable"])
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counted = json.loads(told)[0]["stats64"]
+    return counted["tx"]["bytes"], counted["rx"]["bytes"]
