@@ -136,9 +136,9 @@ def _asked() -> SimpleQueue[str]:
 
 def main(argv: Sequence[str]) -> None:
     """Be one of the two ends."""
+    if os.getpid() != 1:  # else it would hide this machine's /dev/shm
+        raise RuntimeError("an end has namespaces of its own; paramserver bench makes them")
     try:
-        if os.getpid() != 1:  # else it would hide this machine's /dev/shm
-            raise RuntimeError("an end has namespaces of its own; paramserver bench makes them")
         match argv:
             case ["far", numel]:
                 far(int(numel))

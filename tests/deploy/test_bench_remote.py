@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deploy import benching
-from deploy.bench import namespaces, remote_peers
+from deploy.bench import namespaces, remote_peers, remote_raylets
 from deploy.bench.figures import Report
 from deploy.bench.namespaces import Networks
 from deploy.bench.remote_raylets import SgdServer, store_bytes
@@ -85,12 +85,8 @@ def test_an_object_store_has_room_for_several_exchanges_a_second(numel: int) -> 
 
 
 def test_an_end_without_namespaces_of_its_own_leaves_this_machine_alone() -> None:
-    command = [sys.executable, "-m", "deploy.bench.remote_raylets", "far", "8"]
-
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 1
-    assert "an end has namespaces of its own; paramserver bench makes them" in done.stderr
+    with pytest.raises(RuntimeError, match=r"^an end has namespaces of its own; paramserver"):
+        remote_raylets.main(["far", "8"])
 
 
 def test_an_end_knows_nothing_of_another_ray() -> None:
