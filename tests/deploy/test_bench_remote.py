@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +139,9 @@ def test_a_peer_that_fails_has_no_more_turns_and_the_benchmark_goes_on(
 @needs_networks
 def test_the_peers_row_is_printed_and_nothing_of_ray_is_left() -> None:
     with _bench("--json") as bench:
-        seen: dict[int, str] = {}
+        seen: set[_Process] = set()
         while bench.poll() is None:
-            seen |= _descendants(bench.pid)
+            seen = _descendants(bench.pid) | seen  # by their newest names
             time.sleep(0.1)
         assert bench.stdout is not None
         figures = [json.loads(line) for line in bench.stdout]
@@ -150,8 +151,8 @@ def test_the_peers_row_is_printed_and_nothing_of_ray_is_left() -> None:
     assert [f["contender"] for f in bare] == ["ours", "TCP socket", "Ray object store"]
     assert all(f["ratios"]["Ray object store"] > 0 for f in bare)
     assert "Ray object store" not in {f["contender"] for f in figures if f not in bare}
-    assert list(seen.values()).count("raylet") == 2
-    assert not _alive(seen)
+    assert _num_raylets(seen) == 2
+    assert not _left(seen)
     assert not _files_of_ray()
 
 
@@ -161,16 +162,14 @@ def test_the_peers_row_is_printed_and_nothing_of_ray_is_left() -> None:
 @needs_networks
 def test_nothing_of_ray_outlives_a_benchmark_that_is_killed() -> None:
     with _bench() as bench:
-        while list((seen := _descendants(bench.pid)).values()).count("raylet") < 2:
+        while _num_raylets(seen := _descendants(bench.pid)) < 2:
             assert bench.poll() is None
             time.sleep(0.1)
 
         bench.kill()
 
-        deadline = time.monotonic() + 20
-        while (alive := _alive(seen)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    assert not alive
+        left = _left(seen)
+    assert not left
     assert not _files_of_ray()
 
 
@@ -205,25 +204,51 @@ def _bench(*words: str) -> Iterator[subprocess.Popen[str]]:
             bench.kill()
 
 
-def _descendants(pid: int) -> dict[int, str]:
-    """The names of the processes that ``pid`` or its descendants have started, by id."""
-    parents: dict[int, tuple[int, str]] = {}
+@dataclass(frozen=True)
+class _Process:
+    pid: int
+    started: int  # ids come again
+    name: str = field(compare=False)  # another program's, later
+    space: str = field(compare=False)
+
+
+def _processes() -> dict[_Process, int]:
+    """The parent's id of every process that has not ended."""
+    found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(") ")
+                stat, space = (folder / "stat").read_text(), os.readlink(folder / "ns" / "pid")
             except OSError:  # it has ended meanwhile
                 continue
-            parents[int(folder.name)] = int(rest.split()[1]), name
-    found, new = {}, {pid}
-    while new:
-        new = {child for child, (parent, _) in parents.items() if parent in new}
-        found |= {child: parents[child][1] for child in new}
+            name, _, rest = stat.partition("(")[2].rpartition(") ")
+            state, parent, *others = rest.split()
+            if state not in "ZX":  # it has, and its parent has not looked
+                found[_Process(int(folder.name), int(others[17]), name, space)] = int(parent)
     return found
 
 
-def _alive(pids: dict[int, str]) -> dict[int, str]:
-    return {pid: name for pid, name in pids.items() if Path(f"/proc/{pid}").exists()}
+def _descendants(pid: int) -> set[_Process]:
+    """What ``pid`` or its descendants have started."""
+    parents, found, new = _processes(), set[_Process](), {pid}
+    while new:
+        children = {child for child, parent in parents.items() if parent in new}
+        found |= children
+        new = {child.pid for child in children}
+    return found
+
+
+def _num_raylets(processes: set[_Process]) -> int:
+    """In how many process namespaces there is one; its children have its name at first."""
+    return len({process.space for process in processes if process.name == "raylet"})
+
+
+def _left(processes: set[_Process], timeout_s: float = 10) -> set[_Process]:
+    """Those that are still there after a while."""
+    deadline = time.monotonic() + timeout_s
+    while (left := processes & _processes().keys()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
 def _files_of_ray() -> list[str]:
