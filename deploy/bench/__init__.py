@@ -46,7 +46,7 @@ def run(
         case "simulate":
             simulate.run(report, quick=quick)
         case "remote":
-            remote.run(report, quick=quick, loopback=loopback)
+            remote.run(report, peers=peers, quick=quick, loopback=loopback)
         case _:
             raise ValueError(
                 f"name must be pushpull, train, allreduce, simulate or remote, got {name!r}"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import IO
 
-from deploy.bench import namespaces
+from deploy.bench import namespaces, remote_peers
 from deploy.bench.figures import OURS, Report
 from deploy.bench.namespaces import ADDRESSES, Networks
 from deploy.flags import UsageError
@@ -31,8 +31,10 @@ QUICK_SIZES = ((2**16, 2),)
 ROUNDS, QUICK_ROUNDS, SHAPED_ROUNDS = 7, 1, 2
 
 
-def run(report: Report, *, quick: bool, loopback: bool) -> None:
+def run(report: Report, *, peers: bool, quick: bool, loopback: bool) -> None:
     """Measure every size, on the bare cable and on one shaped to 1 Gbit/s, and print a table each.
+
+    Peers are measured on the bare cable alone.
 
     Raises:
         UsageError: Networks cannot be made here, and ``loopback`` is not asked for.
@@ -40,6 +42,8 @@ def run(report: Report, *, quick: bool, loopback: bool) -> None:
     sizes, rounds = (QUICK_SIZES, QUICK_ROUNDS) if quick else (SIZES, ROUNDS)
     if loopback:
         report.note("over this machine's loopback, not between two networks")
+        if peers:
+            report.note(f"no {remote_peers.RAY}: its two raylets need the two networks")
         for numel, repeats in sizes:
             _measure(report, None, numel, repeats, rounds)
         return
@@ -50,7 +54,7 @@ def run(report: Report, *, quick: bool, loopback: bool) -> None:
         )
     for numel, repeats in sizes:
         with namespaces.networks() as networks:
-            _measure(report, networks, numel, repeats, rounds)
+            _measure(report, networks, numel, repeats, rounds, peers=peers)
     if not namespaces.can_shape():
         report.note("no shaped link: tc is not installed (it is iproute2's)")
         return
@@ -68,21 +72,29 @@ def _measure(
     repeats: int,
     num_rounds: int,
     *,
+    peers: bool = False,
     bits_per_s: int | None = None,
 ) -> None:
     """Let the contenders take turns, and print their medians' table."""
     rounds: dict[str, list[float]] = {OURS: [], SOCKET: []}
-    with _ends(networks, numel) as (asking, answers):
+    with (
+        # first, since Ray starts slowly, and the others' connection would be idle meanwhile
+        remote_peers.started(report, networks if peers else None, numel) as others,
+        _ends(networks, numel) as (asking, answers),
+    ):
         for _ in range(num_rounds):
             for contender, name in ((OURS, "ours"), (SOCKET, "socket")):
                 print(json.dumps({"contender": name, "repeats": repeats}), file=asking, flush=True)
                 rounds[contender].append(median(json.loads(_line(answers))))
-    size, yardsticks = f"{numel * 4 / 2**20:g} MiB each way", [SOCKET]
+            remote_peers.take_turns(report, others, repeats, rounds)
+    size, yardsticks = f"{numel * 4 / 2**20:g} MiB each way", [SOCKET, remote_peers.RAY]
     if bits_per_s is not None:
         size += f", link of {bits_per_s / 1e9:g} Gbit/s"
         rounds[LINK] = [2 * 4 * 8 * numel / bits_per_s * 1e3]
         yardsticks.insert(0, LINK)
     report.show(size, "ms", rounds, yardsticks)
+    if miss := remote_peers.missed(rounds):
+        report.note(miss)
 
 
 @contextmanager
