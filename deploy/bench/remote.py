@@ -3,6 +3,8 @@
 Both go from one process to another between two networks with a cable of this machine, in turns, as
 many bytes each way. The socket does nothing with them; ours checks and applies them: plain SGD on
 one shard behind a gateway, the gradient made in its slot.
+
+Then workers train over a link of 1 Gbit/s, with what they push and read as it is, and as int8.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import IO
 
-from deploy.bench import namespaces, remote_peers
+from deploy.bench import namespaces, remote_peers, remote_training
 from deploy.bench.figures import OURS, Report
 from deploy.bench.namespaces import ADDRESSES, Networks
 from deploy.flags import UsageError
@@ -63,6 +66,20 @@ def run(report: Report, *, peers: bool, quick: bool, loopback: bool) -> None:
             networks.shape(LINK_BITS_PER_S)
             few = (1, QUICK_ROUNDS) if quick else (min(repeats, 2), SHAPED_ROUNDS)
             _measure(report, networks, numel, *few, bits_per_s=LINK_BITS_PER_S)
+    with namespaces.networks() as networks:
+        networks.shape(LINK_BITS_PER_S)
+        end, link = partial(_training_end, networks), f"link of {LINK_BITS_PER_S / 1e9:g} Gbit/s"
+        remote_training.run(report, end, ADDRESSES["far"], link, quick=quick)
+
+
+@contextmanager
+def _training_end(
+    networks: Networks, side: str, words: Sequence[str]
+) -> Iterator[tuple[IO[str], IO[str]]]:
+    with _end(networks, side, words, module="remote_trainees") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield process.stdin, process.stdout
 
 
 def _measure(
@@ -102,9 +119,9 @@ def _ends(networks: Networks | None, numel: int) -> Iterator[tuple[IO[str], IO[s
     """Start both ends; yield where the near one is asked and answers."""
     host = "127.0.0.1" if networks is None else ADDRESSES["far"]
     with contextlib.ExitStack() as stack:
-        far = stack.enter_context(_end(networks, "far", (host, str(numel))))
+        far = stack.enter_context(_end(networks, "far", ("far", host, str(numel))))
         told = _line(far.stdout)
-        near = stack.enter_context(_end(networks, "near", (told,)))
+        near = stack.enter_context(_end(networks, "near", ("near", told)))
         assert near.stdin is not None
         assert near.stdout is not None
         yield near.stdin, near.stdout
@@ -112,9 +129,9 @@ def _ends(networks: Networks | None, numel: int) -> Iterator[tuple[IO[str], IO[s
 
 @contextmanager
 def _end(
-    networks: Networks | None, side: str, words: Sequence[str]
+    networks: Networks | None, side: str, words: Sequence[str], *, module: str = "remote_ends"
 ) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "deploy.bench.remote_ends", side, *words]
+    command = [sys.executable, "-m", f"deploy.bench.{module}", *words]
     process = subprocess.Popen(  # noqa: S603  # words of our own
         command if networks is None else networks.inside(side, command),
         stdin=subprocess.PIPE,

@@ -9,6 +9,7 @@ gradients beside a large one all may come out as 0, and with ``feedback`` they a
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -100,28 +101,33 @@ class _Blocks(Compressor):
     def __init__(self, of: Slice, block: int) -> None:
         num_blocks = -(-of.numel // block)
         super().__init__("int8", of, ((torch.int8, of.numel), (of.dtype, num_blocks)))
-        self._block = block
+        whole, at_once = of.numel // block, max(1, _AT_ONCE // block)
+        edges = [*range(0, whole, at_once), whole]
+        if whole < num_blocks:  # the last one is shorter, and comes alone
+            edges.append(num_blocks)
+        self._parts = [
+            (slice(first * block, min(end * block, of.numel)), slice(first, end))
+            for first, end in itertools.pairwise(edges)
+        ]
 
     def _compressed(self, vector: Tensor, seed: int) -> tuple[Tensor, ...]:
-        all_rows = in_rows(vector, self._block)
-        all_steps = vector.new_empty(len(all_rows))
-        q = torch.empty(all_rows.shape, dtype=torch.int8)
-        for start in range(0, len(all_rows), max(1, _AT_ONCE // self._block)):
-            at = slice(start, start + max(1, _AT_ONCE // self._block))
-            rows, scaled = all_rows[at], all_rows[at].abs()
-            steps = torch.div(scaled.amax(1), _LARGEST, out=all_steps[at])
+        q = torch.empty(vector.shape, dtype=torch.int8)
+        steps = vector.new_empty(self.tensors[1][1])
+        for at, blocks in self._parts:
+            step = steps[blocks]
+            rows = vector[at].view(len(step), -1)
+            scaled = rows.abs()
+            torch.div(scaled.amax(1), _LARGEST, out=step)
             # Where the step is too small for a float, everything comes out as 0.
-            whole = torch.where(steps > 0, steps, 1)
-            torch.div(rows, whole[:, None], out=scaled)
-            q[at] = scaled.round_().clamp_(-_LARGEST, _LARGEST)
-        return q.view(-1)[: self.slice.numel].contiguous(), all_steps
+            torch.div(rows, torch.where(step > 0, step, 1)[:, None], out=scaled)
+            q[at] = scaled.round_().clamp_(-_LARGEST, _LARGEST).view(-1)
+        return q, steps
 
     def _decompress(self, tensors: tuple[Tensor, ...], out: Tensor) -> None:
         q, steps = tensors
-        out.copy_(q)
-        last = len(q) // self._block * self._block  # where the last block begins, if it is short
-        out[:last].view(-1, self._block).mul_(steps[: last // self._block, None])
-        out[last:].mul_(steps[-1])
+        for at, blocks in self._parts:
+            step = steps[blocks]
+            out[at].view(len(step), -1).copy_(q[at].view(len(step), -1)).mul_(step[:, None])
 
 
 def in_rows(vector: Tensor, length: int) -> Tensor:
