@@ -17,11 +17,11 @@ PLAIN, INT8 = "float32", "int8"
 AIM = 3.5
 """Updates a second of `INT8` are to be so many times those of `PLAIN`."""
 
-NUM_WORKERS = 3
-"""Enough that one computes while another's messages are on the link."""
+NUM_WORKERS = 4
+"""Enough that some compute while messages of others are on the link."""
 
-SECONDS, QUICK_SECONDS = (5.0, 20.0), (0.2, 0.6)
-"""Of warming up and of measuring."""
+SECONDS, QUICK_SECONDS = (15.0, 20.0), (0.2, 0.6)
+"""Of warming up, in which all memory is touched for the first time, and of measuring."""
 
 ROUNDS, QUICK_ROUNDS = 3, 1
 

@@ -92,10 +92,17 @@ Shapes = Sequence[tuple[torch.dtype, int]]
 
 
 def split_raw(raw: Tensor, shapes: Shapes) -> tuple[Tensor, ...]:
-    """Return copies of the tensors that `Payload.raw` has put together."""
+    """Return the tensors that `Payload.raw` has put together, not copied where that can be."""
     pieces = raw.split([of.itemsize * count for of, count in shapes])
-    # A copy begins where a tensor of any dtype may.
-    return tuple(p.clone().view(of) for p, (of, _) in zip(pieces, shapes, strict=True))
+    return tuple(
+        (p if _begins(p, of) else p.clone()).view(of)
+        for p, (of, _) in zip(pieces, shapes, strict=True)
+    )
+
+
+def _begins(piece: Tensor, of: torch.dtype) -> bool:
+    """Whether numbers of a dtype may begin where ``piece`` does."""
+    return piece.data_ptr() % of.itemsize == int(piece.storage_offset()) % of.itemsize == 0
 
 
 def num_bytes(kind: str, numel: int, dtype: torch.dtype, shapes: Shapes) -> int:

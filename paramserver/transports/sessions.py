@@ -69,6 +69,7 @@ class Session:
         self._connection = connection
         self._lock = threading.Lock()  # of all below; the connection is closed under it only
         self._end = end
+        self._raw = torch.empty(0, dtype=torch.uint8)  # what of a payload has come
         self._showing = threading.Lock()  # what is shown is made once, and in order
         self._last_shown = (-1, -1)  # its seq and version
         self._no_read = 0  # seq of a push whose client takes nothing over from its grant
@@ -146,7 +147,7 @@ class Session:
         size = None if self._end is None else self._end.push_bytes
         if size is None:
             raise ProtocolError("a payload came, and none was agreed on")
-        return torch.empty(size, dtype=torch.uint8)
+        return self._raw.resize_(size)
 
     def _has(self, received: int) -> None:
         """Forget what the client says that it has."""
