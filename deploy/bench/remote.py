@@ -1,8 +1,8 @@
 """Push a gradient over a network, get the parameters back: gRPC beside a plain TCP socket.
 
 Both go from one process to another between two networks with a cable of this machine, in turns, as
-many bytes each way. The socket does nothing with them; ours checks and applies them: plain SGD on
-one shard behind a gateway, the gradient made in its slot.
+many bytes each way. The socket does nothing with them, nor does a stream of gRPC's, in MiBs; ours
+checks and applies them: plain SGD on one shard behind a gateway, the gradient made in its slot.
 
 Then workers train over a link of 1 Gbit/s, with what they push and read as it is, and as int8.
 """
@@ -24,7 +24,7 @@ from deploy.bench.figures import OURS, Report
 from deploy.bench.namespaces import ADDRESSES, Networks
 from deploy.flags import UsageError
 
-SOCKET, LINK = "TCP socket", "the link itself"
+SOCKET, BARE, LINK = "TCP socket", "bare gRPC stream", "the link itself"
 LINK_BITS_PER_S = 10**9
 
 SIZES = ((2**23, 5), (2**25, 3))
@@ -93,18 +93,18 @@ def _measure(
     bits_per_s: int | None = None,
 ) -> None:
     """Let the contenders take turns, and print their medians' table."""
-    rounds: dict[str, list[float]] = {OURS: [], SOCKET: []}
+    rounds: dict[str, list[float]] = {OURS: [], SOCKET: [], BARE: []}
     with (
         # first, since Ray starts slowly, and the others' connection would be idle meanwhile
         remote_peers.started(report, networks if peers else None, numel) as others,
         _ends(networks, numel) as (asking, answers),
     ):
         for _ in range(num_rounds):
-            for contender, name in ((OURS, "ours"), (SOCKET, "socket")):
+            for contender, name in ((OURS, "ours"), (SOCKET, "socket"), (BARE, "bare")):
                 print(json.dumps({"contender": name, "repeats": repeats}), file=asking, flush=True)
                 rounds[contender].append(median(json.loads(_line(answers))))
             remote_peers.take_turns(report, others, repeats, rounds)
-    size, yardsticks = f"{numel * 4 / 2**20:g} MiB each way", [SOCKET, remote_peers.RAY]
+    size, yardsticks = f"{numel * 4 / 2**20:g} MiB each way", [SOCKET, BARE, remote_peers.RAY]
     if bits_per_s is not None:
         size += f", link of {bits_per_s / 1e9:g} Gbit/s"
         rounds[LINK] = [2 * 4 * 8 * numel / bits_per_s * 1e3]

@@ -1,6 +1,7 @@
 """The two ends of `paramserver bench remote`, each with processes of its own, without Ray.
 
-    near: client, socket  <--- cable --->  far: gateway --- shared memory --- shard; socket
+    near: client, socket, stream  <--- cable --->  far: gateway --- shared memory --- shard;
+                                                        socket; stream
 
 The driver starts ``python -m deploy.bench.remote_ends far HOST NUMEL``, reads one line of JSON, and
 hands it to ``… near``, which then does what it reads line by line, and answers each line.
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from async_sgd.rules import Asynchronous
+from deploy.bench.bare_grpc import BareClient, BareServer
 from deploy.bench.processes import STARTUP_S, timed
 from deploy.bench.work import synthetic_gradient
 from paramserver.actor import ShardServer
@@ -67,7 +69,9 @@ def far(host: str, numel: int) -> None:
     )
     listener = socket.create_server((host, 0))
     threading.Thread(target=_echo, args=(listener, 4 * numel), daemon=True).start()
+    bare = BareServer(host, 4 * numel)
     told = {
+        "bare": bare.address,
         "address": gateway.start(),
         "token": token,
         "numel": numel,
@@ -77,6 +81,7 @@ def far(host: str, numel: int) -> None:
         print(json.dumps(told), flush=True)
         sys.stdin.read()
     finally:
+        bare.close()
         gateway.close()
         shard.terminate()
         shard.join()
@@ -98,6 +103,7 @@ def near(told: dict[str, Any]) -> None:
     with (
         _client(told) as client,
         socket.create_connection(told["socket"], STARTUP_S) as plain,
+        BareClient(told["bare"], 4 * told["numel"]) as bare,
     ):
         client.first_read()
         client.slots[0].copy_(gradient)
@@ -107,7 +113,11 @@ def near(told: dict[str, Any]) -> None:
             plain.sendall(as_bytes(gradient).data)
             _receive(plain, received.data)
 
-        contenders: dict[str, Callable[[], object]] = {"ours": client.push, "socket": exchange}
+        contenders: dict[str, Callable[[], object]] = {
+            "ours": client.push,
+            "socket": exchange,
+            "bare": bare.exchange,
+        }
         for line in sys.stdin:
             asked = json.loads(line)
             times = timed(contenders[asked["contender"]], asked["repeats"])

@@ -46,7 +46,7 @@ def test_push_and_pull_is_measured_over_loopback(capfd: pytest.CaptureFixture[st
 
     figures = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert code == 0
-    assert [figure["contender"] for figure in figures] == ["ours", "TCP socket"]
+    assert [figure["contender"] for figure in figures] == ["ours", "TCP socket", "bare gRPC stream"]
     assert all(figure["median"] > 0 for figure in figures)
 
 
@@ -148,7 +148,9 @@ def test_the_peers_row_is_printed_and_nothing_of_ray_is_left() -> None:
 
     bare = [f for f in figures if "link" not in f["size"]]
     assert bench.returncode == 0
-    assert [f["contender"] for f in bare] == ["ours", "TCP socket", "Ray object store"]
+    assert [f["contender"] for f in bare] == [
+        "ours", "TCP socket", "bare gRPC stream", "Ray object store",
+    ]  # fmt: skip
     assert all(f["ratios"]["Ray object store"] > 0 for f in bare)
     assert "Ray object store" not in {f["contender"] for f in figures if f not in bare}
     assert _num_raylets(seen) == 2
