@@ -67,6 +67,8 @@ class ShardEnd:
         if agreed.push is not None:
             self._push = compressor_of(agreed.push, of)
         self._shown: Shown | None = None if agreed.pull is None else shown_of(agreed.pull, of)
+        self.follows = agreed.pull is not None and agreed.pull.feedback
+        """Whether what is shown is the difference to what was shown before."""
         self._seed, self._worker, self._shard = agreed.seed, worker, shard
 
     @property

@@ -47,8 +47,10 @@ class _Kept:
 
     number: int
     message: Message
+    counts: bool = False
+    """Whether what is shown later builds on it."""
     shown: list[Tensor] | None = None
-    """The payload that was made for it; none for others than those of clients that compress."""
+    """What it shows then, once that is made."""
 
 
 class Session:
@@ -86,7 +88,7 @@ class Session:
             self._number += 1
             if message.kind == Kind.GRANT:  # the read granted before is not leased any more
                 for old in [k for k in self._kept if k.message.kind == Kind.GRANT]:
-                    if old.shown is None:
+                    if not old.counts:
                         self._kept.remove(old)
             self._kept.append(_Kept(self._number, message))
             self._wake()
@@ -181,7 +183,9 @@ class Session:
         while self.is_on(stream):
             for kept in self._after(received):
                 received = kept.number
-                yield from write_message(kept.message, kept.number, self._tensors(kept))
+                tensors = self._tensors(kept)
+                if tensors is not None:
+                    yield from write_message(kept.message, kept.number, tensors)
             if self.is_over:
                 return
             if not self._hear() and self.is_on(stream):
@@ -220,8 +224,8 @@ class Session:
         with self._lock:
             return [kept for kept in self._kept if kept.number > received]
 
-    def _tensors(self, kept: _Kept) -> list[Tensor]:
-        """Return what a message brings the client."""
+    def _tensors(self, kept: _Kept) -> list[Tensor] | None:
+        """Return what a message brings the client; None if another one has taken its place."""
         message = kept.message
         if message.kind != Kind.GRANT or message.seq == self._no_read > 0:
             return []
@@ -229,13 +233,19 @@ class Session:
         vectors = [self._connection.buffers[i] for i in indices]
         if self._end is None or not self._end.compresses_pulls:
             return vectors
+        if not self._end.follows:
+            return self._end.shows(vectors[0], message.version).as_bytes
         with self._showing:
+            with self._lock:
+                if kept not in self._kept:
+                    return None
+                kept.counts = True
             if kept.shown is None:
                 kept.shown = self._show(self._end, message, vectors[0])
             return kept.shown
 
     def _show(self, end: ShardEnd, message: Message, params: Tensor) -> list[Tensor]:
-        """Make what a client that compresses is shown."""
+        """Make what is shown next to a client that is sent differences."""
         if (message.seq, message.version) == self._last_shown:  # of a push that came twice
             return []
         self._last_shown = (message.seq, message.version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -185,6 +186,41 @@ def cut_answer(cluster: GrpcCluster, wire: Cable, version: int) -> None:
     wire.reset()
 
 
+def test_a_stream_that_breaks_while_a_difference_is_made_loses_none(
+    cable: tuple[GrpcCluster, Cable, Agreed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The push comes once more meanwhile, and is answered once more; both answers count as one."""
+    cluster, wire, on = cable
+    expected, params = alone(on)
+    worker = Pushes(cluster, on, wait_s=10.0)
+    (session,) = [s for s in sessions_of(cluster) if s.shard == 0]
+    shows, began = session._end.shows, threading.Event()  # type: ignore[union-attr]
+
+    def slowly(vector: Tensor, version: int) -> Payload:
+        stream = session._stream
+        if version == 3 and not began.is_set():
+            began.set()
+            wire.reset()
+            deadline = time.monotonic() + 5
+            while session._stream == stream and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert session._stream > stream  # the next one is here, and wants to be told
+        return shows(vector, version)
+
+    monkeypatch.setattr(session._end, "shows", slowly)
+    for step in range(STEPS):
+        worker.push(step)
+
+    assert began.is_set()
+    assert all_equal(worker.seen, expected.seen)
+    assert torch.equal(cluster.params(), params)
+    worker.client.close()
+
+
+def sessions_of(cluster: GrpcCluster) -> list[Session]:
+    return list(cluster.gateway._conversations._sessions.values())
+
+
 def test_a_push_that_is_sent_again_is_answered_with_what_the_worker_has() -> None:
     on = agreed("int8", "int8")
     expected, params = alone(on)
@@ -310,6 +346,6 @@ def test_what_a_client_has_is_kept_no_longer() -> None:
         for step in range(STEPS):
             worker.push(step)
 
-        sessions: list[Session] = list(cluster.gateway._conversations._sessions.values())
+        sessions = sessions_of(cluster)
         assert len(sessions) == SHARDS
         assert all(sum(k.shown is not None for k in s._kept) <= 1 for s in sessions)
