@@ -5,16 +5,16 @@ Nothing is written into frames, checked or put anywhere, so it is a limit for wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
 from paramserver.transports.frames import CHUNK_BYTES
-from paramserver.transports.remote import COMMON_OPTIONS
+from paramserver.transports.remote import COMMON_OPTIONS, SERVER_OPTIONS
 
 _METHOD = "/bench.Bare/Exchange"
 
@@ -35,7 +35,7 @@ class BareServer:
         self._server = grpc.server(
             ThreadPoolExecutor(2),
             handlers=[grpc.method_handlers_generic_handler(service, {method: handler})],
-            options=COMMON_OPTIONS,
+            options=SERVER_OPTIONS,
         )
         self.address = f"{host}:{self._server.add_insecure_port(f'{host}:0')}"
         self._server.start()
@@ -50,31 +50,19 @@ class BareServer:
                 yield from [chunk] * self._num_chunks
 
 
-class BareClient:
-    """The other end of `BareServer`."""
+@contextmanager
+def bare_client(address: str, num_bytes: int) -> Iterator[Callable[[], None]]:
+    """Open a stream to a `BareServer`; give what sends ``num_bytes`` and waits for as many."""
+    chunks = [bytes(min(CHUNK_BYTES, num_bytes))] * num_chunks(num_bytes)
+    outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+    with grpc.insecure_channel(address, COMMON_OPTIONS) as channel:
+        call: Any = channel.stream_stream(_METHOD)(iter(outgoing.get, None))
 
-    def __init__(self, address: str, num_bytes: int) -> None:
-        """Open a stream to ``address``, for ``num_bytes`` each way."""
-        self._chunks = [bytes(min(CHUNK_BYTES, num_bytes))] * num_chunks(num_bytes)
-        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-        self._channel = grpc.insecure_channel(address, COMMON_OPTIONS)
-        self._call: Any = self._channel.stream_stream(_METHOD)(iter(self._outgoing.get, None))
+        def exchange() -> None:
+            for chunk in chunks:
+                outgoing.put(chunk)
+            for _ in chunks:
+                next(call)
 
-    def exchange(self) -> None:
-        """Send all chunks, and wait for as many."""
-        for chunk in self._chunks:
-            self._outgoing.put(chunk)
-        for _ in self._chunks:
-            next(self._call)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._outgoing.put(None)
-        self._channel.close()
+        yield exchange
+        outgoing.put(None)

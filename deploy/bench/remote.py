@@ -9,17 +9,16 @@ Then workers train over a link of 1 Gbit/s, with what they push and read as it i
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from statistics import median
-from typing import IO
+from subprocess import Popen
 
 from deploy.bench import namespaces, remote_peers, remote_training
+from deploy.bench.children import child, hear, tell
 from deploy.bench.figures import OURS, Report
 from deploy.bench.namespaces import ADDRESSES, Networks
 from deploy.flags import UsageError
@@ -68,18 +67,11 @@ def run(report: Report, *, peers: bool, quick: bool, loopback: bool) -> None:
             _measure(report, networks, numel, *few, bits_per_s=LINK_BITS_PER_S)
     with namespaces.networks() as networks:
         networks.shape(LINK_BITS_PER_S)
-        end, link = partial(_training_end, networks), f"link of {LINK_BITS_PER_S / 1e9:g} Gbit/s"
+        end, link = (
+            partial(_end, networks, "remote_trainees"),
+            f"link of {LINK_BITS_PER_S / 1e9:g} Gbit/s",
+        )
         remote_training.run(report, end, ADDRESSES["far"], link, quick=quick)
-
-
-@contextmanager
-def _training_end(
-    networks: Networks, side: str, words: Sequence[str]
-) -> Iterator[tuple[IO[str], IO[str]]]:
-    with _end(networks, side, words, module="remote_trainees") as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        yield process.stdin, process.stdout
 
 
 def _measure(
@@ -97,12 +89,12 @@ def _measure(
     with (
         # first, since Ray starts slowly, and the others' connection would be idle meanwhile
         remote_peers.started(report, networks if peers else None, numel) as others,
-        _ends(networks, numel) as (asking, answers),
+        _ends(networks, numel) as near,
     ):
         for _ in range(num_rounds):
             for contender, name in ((OURS, "ours"), (SOCKET, "socket"), (BARE, "bare")):
-                print(json.dumps({"contender": name, "repeats": repeats}), file=asking, flush=True)
-                rounds[contender].append(median(json.loads(_line(answers))))
+                tell(near, json.dumps({"contender": name, "repeats": repeats}))
+                rounds[contender].append(median(json.loads(hear(near))))
             remote_peers.take_turns(report, others, repeats, rounds)
     size, yardsticks = f"{numel * 4 / 2**20:g} MiB each way", [SOCKET, BARE, remote_peers.RAY]
     if bits_per_s is not None:
@@ -115,47 +107,20 @@ def _measure(
 
 
 @contextmanager
-def _ends(networks: Networks | None, numel: int) -> Iterator[tuple[IO[str], IO[str]]]:
-    """Start both ends; yield where the near one is asked and answers."""
+def _ends(networks: Networks | None, numel: int) -> Iterator[Popen[str]]:
+    """Start both ends; yield the near one, which is asked and answers."""
     host = "127.0.0.1" if networks is None else ADDRESSES["far"]
-    with contextlib.ExitStack() as stack:
-        far = stack.enter_context(_end(networks, "far", ("far", host, str(numel))))
-        told = _line(far.stdout)
-        near = stack.enter_context(_end(networks, "near", ("near", told)))
-        assert near.stdin is not None
-        assert near.stdout is not None
-        yield near.stdin, near.stdout
+    start = partial(_end, networks, "remote_ends")
+    with (
+        start("far", ("far", host, str(numel))) as far,
+        start("near", ("near", hear(far))) as near,
+    ):
+        yield near
 
 
-@contextmanager
 def _end(
-    networks: Networks | None, side: str, words: Sequence[str], *, module: str = "remote_ends"
-) -> Iterator[subprocess.Popen[str]]:
+    networks: Networks | None, module: str, side: str, words: Sequence[str]
+) -> AbstractContextManager[Popen[str]]:
+    """Start a process of ``module`` at a side."""
     command = [sys.executable, "-m", f"deploy.bench.{module}", *words]
-    process = subprocess.Popen(  # noqa: S603  # words of our own
-        command if networks is None else networks.inside(side, command),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=namespaces.die_with_parent,  # noqa: PLW1509  # asks the kernel for something
-    )
-    try:
-        yield process
-    finally:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.close()  # tells it to end
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-
-
-def _line(stream: IO[str] | None) -> str:
-    assert stream is not None
-    line = stream.readline()
-    if not line:
-        raise RuntimeError("one of the two ends has failed; what it said is above")
-    return line
+    return child(command if networks is None else networks.inside(side, command))

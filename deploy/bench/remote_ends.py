@@ -9,8 +9,8 @@ hands it to ``… near``, which then does what it reads line by line, and answer
 
 from __future__ import annotations
 
+import contextlib
 import json
-import multiprocessing
 import secrets
 import socket
 import sys
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from async_sgd.rules import Asynchronous
-from deploy.bench.bare_grpc import BareClient, BareServer
+from deploy.bench import children
+from deploy.bench.bare_grpc import BareServer, bare_client
 from deploy.bench.processes import STARTUP_S, timed
 from deploy.bench.work import synthetic_gradient
 from paramserver.actor import ShardServer
@@ -50,12 +51,6 @@ def far(host: str, numel: int) -> None:
         fingerprint="flat",
         optimizer=SGD(lr=0.01),
     )
-    spawn = multiprocessing.get_context("spawn")
-    ready = spawn.Event()
-    shard = spawn.Process(target=serve_shard, args=(config, numel, ready), daemon=True)
-    shard.start()
-    if not ready.wait(STARTUP_S):
-        raise TimeoutError(f"no shard in {STARTUP_S:g} s")
     gateway = Gateway(
         GatewayConfig(
             listen=f"{host}:0",
@@ -67,24 +62,21 @@ def far(host: str, numel: int) -> None:
             clear_text=True,  # the cable leads nowhere
         )
     )
-    listener = socket.create_server((host, 0))
-    threading.Thread(target=_echo, args=(listener, 4 * numel), daemon=True).start()
-    bare = BareServer(host, 4 * numel)
-    told = {
-        "bare": bare.address,
-        "address": gateway.start(),
-        "token": token,
-        "numel": numel,
-        "socket": listener.getsockname()[:2],
-    }
-    try:
+    with children.shard(serve_shard, config, numel), contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((host, 0)))
+        threading.Thread(target=_echo, args=(listener, 4 * numel), daemon=True).start()
+        bare = BareServer(host, 4 * numel)
+        stack.callback(bare.close)
+        stack.callback(gateway.close)
+        told = {
+            "bare": bare.address,
+            "address": gateway.start(),
+            "token": token,
+            "numel": numel,
+            "socket": listener.getsockname()[:2],
+        }
         print(json.dumps(told), flush=True)
         sys.stdin.read()
-    finally:
-        bare.close()
-        gateway.close()
-        shard.terminate()
-        shard.join()
 
 
 def serve_shard(config: ShardConfig, numel: int, ready: Any) -> None:
@@ -103,7 +95,7 @@ def near(told: dict[str, Any]) -> None:
     with (
         _client(told) as client,
         socket.create_connection(told["socket"], STARTUP_S) as plain,
-        BareClient(told["bare"], 4 * told["numel"]) as bare,
+        bare_client(told["bare"], 4 * told["numel"]) as bare,
     ):
         client.first_read()
         client.slots[0].copy_(gradient)
@@ -116,7 +108,7 @@ def near(told: dict[str, Any]) -> None:
         contenders: dict[str, Callable[[], object]] = {
             "ours": client.push,
             "socket": exchange,
-            "bare": bare.exchange,
+            "bare": bare,
         }
         for line in sys.stdin:
             asked = json.loads(line)

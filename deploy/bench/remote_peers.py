@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from statistics import median
-from typing import IO
+from subprocess import Popen
 
+from deploy.bench.children import child, hear, tell
 from deploy.bench.figures import OURS, Report, speedup
-from deploy.bench.namespaces import Networks, die_with_parent
+from deploy.bench.namespaces import Networks
 
 RAY = "Ray object store"
 AIM = 3.0
@@ -79,55 +79,29 @@ def missed(rounds: Mapping[str, Sequence[float]]) -> str | None:
 def _raylets(networks: Networks, numel: int) -> Iterator[Measure]:
     """Start Ray in both networks; yield what asks the near driver."""
     with _end(networks, "far", numel) as far:
-        _line(far.stdout, "far")
+        hear(far)
         with _end(networks, "near", numel) as near:
-            _line(near.stdout, "near")
+            hear(near)
 
             def measure(repeats: int) -> list[float]:
-                print(json.dumps(repeats), file=near.stdin, flush=True)
-                times: list[float] = json.loads(_line(near.stdout, "near"))
+                tell(near, json.dumps(repeats))
+                times: list[float] = json.loads(hear(near))
                 return times
 
             yield measure
 
 
-@contextmanager
-def _end(networks: Networks, side: str, numel: int) -> Iterator[subprocess.Popen[str]]:
+def _end(networks: Networks, side: str, numel: int) -> AbstractContextManager[Popen[str]]:
     spaces = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc"]
     command = [sys.executable, "-m", "deploy.bench.remote_raylets", side, str(numel)]
-    process = subprocess.Popen(  # noqa: S603  # words of our own
+    return child(
         networks.inside(side, [*spaces, *command]),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
         env=environment(os.environ),
         start_new_session=True,  # Ctrl-C is ours alone; the end of its standard input ends it
-        preexec_fn=die_with_parent,  # noqa: PLW1509  # it only asks the kernel for something
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(BrokenPipeError):  # it has failed, and has said so
-            process.stdin.close()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
 
 
 def environment(own: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of an end: without what ``own`` says of another Ray."""
     kept = {name: value for name, value in own.items() if not name.startswith("RAY_")}
     return kept | _ENVIRONMENT
-
-
-def _line(stream: IO[str] | None, side: str) -> str:
-    assert stream is not None
-    line = stream.readline()
-    if not line:
-        raise RuntimeError(f"its {side} end has failed; what it said is above")
-    return line

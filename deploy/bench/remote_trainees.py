@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import secrets
 import sys
 import threading
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from async_sgd.rules import Asynchronous
-from deploy.bench.processes import STARTUP_S
+from deploy.bench import children
 from deploy.bench.remote_training import NUM_WORKERS, PLAIN, QUICK_SECONDS, SECONDS, task
 from deploy.bench.work import OPTIMIZER, SEED, Meter
 from paramserver.actor import ShardServer
@@ -47,14 +46,6 @@ def serve(told: dict[str, Any]) -> None:
     what = task(quick=told["quick"])
     layout = Layout.of(build_model(what, SEED))
     address, token = f"bench-{secrets.token_hex(6)}", secrets.token_hex(8)
-    spawn = multiprocessing.get_context("spawn")
-    ready = spawn.Event()
-    shard = spawn.Process(
-        target=_serve_shard, args=(address, token, told["quick"], ready), daemon=True
-    )
-    shard.start()
-    if not ready.wait(STARTUP_S):
-        raise TimeoutError(f"no shard in {STARTUP_S:g} s")
     way = _compression(told["how"])
     gateway = Gateway(
         GatewayConfig(
@@ -69,13 +60,12 @@ def serve(told: dict[str, Any]) -> None:
         )
     )
     torch.set_num_threads(1)
-    try:
-        print(json.dumps({**told, "address": gateway.start(), "token": token}), flush=True)
-        sys.stdin.read()
-    finally:
-        gateway.close()
-        shard.terminate()
-        shard.join()
+    with children.shard(_serve_shard, address, token, told["quick"]):
+        try:
+            print(json.dumps({**told, "address": gateway.start(), "token": token}), flush=True)
+            sys.stdin.read()
+        finally:
+            gateway.close()
 
 
 def _serve_shard(address: str, token: str, quick: bool, ready: Any) -> None:

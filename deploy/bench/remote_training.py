@@ -7,8 +7,9 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from statistics import median
-from typing import IO
+from subprocess import Popen
 
+from deploy.bench.children import hear, tell
 from deploy.bench.figures import OURS, Report
 from deploy.bench.work import tasks
 from workers.task import Task
@@ -25,8 +26,8 @@ SECONDS, QUICK_SECONDS = (15.0, 20.0), (0.2, 0.6)
 
 ROUNDS, QUICK_ROUNDS = 3, 1
 
-End = Callable[[str, Sequence[str]], AbstractContextManager[tuple[IO[str], IO[str]]]]
-"""Starts a process of `remote_trainees` at a side; gives where it is told, and what it says."""
+End = Callable[[str, Sequence[str]], AbstractContextManager[Popen[str]]]
+"""Starts a process of `remote_trainees` at a side."""
 
 
 def run(report: Report, end: End, host: str, link: str, *, quick: bool) -> None:
@@ -55,17 +56,16 @@ def _rate(end: End, host: str, how: str, *, quick: bool) -> float:
     """Return updates a second of all workers together, compressed both ways by ``how``."""
     told = json.dumps({"host": host, "how": how, "quick": quick})
     with contextlib.ExitStack() as stack:
-        _, far_says = stack.enter_context(end("far", ("serve", told)))
-        words = _line(far_says)
+        words = hear(stack.enter_context(end("far", ("serve", told))))
         nears = [
             stack.enter_context(end("near", ("work", words, str(worker))))
             for worker in range(NUM_WORKERS)
         ]
-        for _, says in nears:
-            _line(says)  # it is ready
-        for tell, _ in nears:
-            print("go", file=tell, flush=True)
-        return sum(float(_line(says)) for _, says in nears)
+        for near in nears:
+            hear(near)  # it is ready
+        for near in nears:
+            tell(near, "go")
+        return sum(float(hear(near)) for near in nears)
 
 
 def task(*, quick: bool) -> Task:
@@ -75,10 +75,3 @@ def task(*, quick: bool) -> Task:
 
 def _name(*, quick: bool) -> str:
     return next(name for name in tasks(mnist=False, quick=quick) if name.startswith("MLP"))
-
-
-def _line(stream: IO[str]) -> str:
-    line = stream.readline()
-    if not line:
-        raise RuntimeError("one of the ends has failed; what it said is above")
-    return line

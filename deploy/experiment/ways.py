@@ -185,11 +185,10 @@ def chart(parts: Sequence[Part]) -> Chart:
     """Draw the test loss of every way, a row a cluster, against the three axes."""
     rows = []
     for cluster, ways in by_way(parts).items():
-        found = {
-            name: [_of_all_steps(run, way.steps) for run in ways[name].made.paths()]
-            for name, way in WAYS.items()
-            if ways[name].way == name
-        }
+        found: dict[str, list[Paths]] = {}
+        for name, way in WAYS.items():  # one that is not drawn here keeps its colour
+            runs = ways[name].made.paths() if ways[name].way == name else []
+            found[name] = [_of_all_steps(run, way.steps) for run in runs]
         title = f"{cluster}: test loss"
         rows.append(over_axes(found, "loss", title, is_virtual=True, log_y=True))
     caption = (

@@ -7,6 +7,8 @@ import importlib
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from async_sgd.delays import DELAYS
 from deploy.experiment import implicit_momentum, stragglers, theory
 from deploy.experiment.findings import Claim, Findings, Table, tell
 from deploy.experiment.named import NAMED, Bench, Experiment
+from deploy.experiment.ways import ALL_REDUCE, WAYS, Part, chart
 from deploy.main import USAGE, main
 
 
@@ -90,6 +93,24 @@ def test_nothing_holds_of_a_target_that_nobody_reached(
     assert len(claims) == 5
     assert {claim["holds"] for claim in claims} == {"no"}
     assert {claim["measured"] for claim in claims} == {"never against never"}
+
+
+def test_a_way_has_one_colour_wherever_it_is_drawn() -> None:
+    """All-reduce is drawn on one cluster only."""
+    ends = np.array([0.5, 1.0])
+    run = {"loss": dict.fromkeys(("loss", "gradients", "updates", "seconds"), ends)}
+    made: Any = SimpleNamespace(paths=lambda: [run])
+    parts = [
+        Part(cluster, way, 0.1, made, [])
+        for cluster in ("equal workers", "busy server")
+        for way in WAYS
+        if way != ALL_REDUCE or cluster == "busy server"
+    ]
+
+    drawn = chart(parts)
+
+    assert sorted(label for label, _ in drawn.legend) == sorted(WAYS)
+    assert len({colour for _, colour in drawn.legend}) == len(WAYS)
 
 
 def test_experiments_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
