@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from paramserver.compression import Agreed
 from paramserver.errors import ProtocolError, ResourceError
 from paramserver.messages import Kind, Message
+from paramserver.transports.pulls import Place, Pulls
 from paramserver.transports.sessions import Session
 from paramserver.transports.shared_memory import SharedMemoryConnection
 
@@ -17,6 +20,18 @@ logger = logging.getLogger(__name__)
 
 Connect = Callable[[int, Message, str], SharedMemoryConnection]
 """Says a client's hello, which brings the fingerprint of its layout, to a shard."""
+
+_MAX_MACHINE: Final = 128
+
+
+class TakenUp(NamedTuple):
+    """What a stream goes on with."""
+
+    session: Session
+    received: int
+    """Number of the last message that the client has whole."""
+    anew: int
+    """Of the one whose tensors no neighbour has given it; 0 if there is none."""
 
 
 class Conversations:
@@ -39,6 +54,7 @@ class Conversations:
         self._limit, self._linger_s, self._agreed = limit, linger_s, agreed
         self._sessions: dict[bytes, Session] = {}
         self._opening: set[bytes] = set()
+        self._pulls = Pulls()
         self._lock = threading.Lock()  # of the two above
         self._closing = threading.Event()
 
@@ -53,8 +69,8 @@ class Conversations:
         """Whether one of them is ``worker``'s."""
         return any(session.hello.worker == worker for session in list(self._sessions.values()))
 
-    def take_up(self, metadata: dict[str, str | bytes]) -> tuple[Session, int]:
-        """Return the session a stream is for, and the number of the last message it has brought.
+    def take_up(self, metadata: dict[str, str | bytes]) -> TakenUp:
+        """Return the session a stream is for, and from where it goes on.
 
         Raises:
             ProtocolError: The stream does not say what for, or not what it said before.
@@ -64,6 +80,8 @@ class Conversations:
         name = metadata.get("paramserver-session-bin", b"")
         numbers = [_number(metadata, key) for key in ("shard", "worker", "incarnation", "received")]
         shard, worker, incarnation, received = numbers
+        anew = _number({"paramserver-anew": "0", **metadata}, "anew")
+        place = _place(metadata)
         if not isinstance(name, bytes) or len(name) != 16:
             raise ProtocolError("a session's name has 16 bytes")
         if not 0 <= shard < self._num_shards:
@@ -77,7 +95,7 @@ class Conversations:
             if session is not None:
                 if session.hello[:4] != hello[:4] or session.shard != shard:
                     raise ProtocolError("this session is another client's")
-                return session, received
+                return TakenUp(session, received, anew)
             if name in self._opening:
                 raise ResourceError("this session is being opened already")
             if len(self._sessions) + len(self._opening) >= self._limit:
@@ -90,13 +108,14 @@ class Conversations:
             model = metadata.get("paramserver-model-bin", b"")
             fingerprint = model[:64].decode(errors="replace") if isinstance(model, bytes) else ""
             end = self._agreed.shard_end(shard, worker) if compresses and self._agreed else None
-            session = Session(self._connect(shard, hello, fingerprint), hello, end)
+            connection = self._connect(shard, hello, fingerprint)
+            session = Session(connection, hello, end, place=place, pulls=self._pulls)
             with self._lock:
                 self._sessions[name] = session
         finally:
             with self._lock:
                 self._opening.discard(name)
-        return session, 0
+        return TakenUp(session, 0, 0)
 
     def end(self, session: Session) -> None:
         """Give a client's place back; who sees that it left sees it counted no more."""
@@ -120,6 +139,19 @@ class Conversations:
                 elif away is not None and time.monotonic() - away > self._linger_s:
                     logger.warning("worker %d did not come back", session.hello.worker)
                     self.end(session)
+
+
+def _place(metadata: dict[str, str | bytes]) -> Place | None:
+    """Return where a client is found by its neighbours; None if it does not say so."""
+    machine, shelf = (str(metadata.get(f"paramserver-{key}", "")) for key in ("machine", "shelf"))
+    if not machine and not shelf:
+        return None
+    if not 0 < len(machine) <= _MAX_MACHINE or not re.fullmatch("[0-9a-f]{32}", shelf):
+        raise ProtocolError(
+            f"a client that has neighbours says its machine, in {_MAX_MACHINE} characters at most, "
+            "and its shelf, in 32 hex digits"
+        )
+    return Place(machine, shelf)
 
 
 def _number(metadata: dict[str, str | bytes], key: str) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from paramserver.errors import ProtocolError
 from paramserver.messages import MAX_BYTES, Kind, Message
+from paramserver.transports.pulls import Holder
 from paramserver.transports.schema import Frame, Said
 
 try:
@@ -52,12 +53,19 @@ class Received:
     received: int
     """The last of the other side's messages that the sender has whole."""
     bye: bool
+    holder: Holder | None
+    """Who has the tensors that the frame does not bring."""
     data: memoryview
     """Not copied."""
 
 
 def write_message(
-    m: Message, number: int, tensors: Sequence[Tensor] = (), *, received: int = 0
+    m: Message,
+    number: int,
+    tensors: Sequence[Tensor] = (),
+    *,
+    received: int = 0,
+    holder: Holder | None = None,
 ) -> Iterator[bytes]:
     """Yield the frames of a message and its ``tensors``, which are read as the frames are made.
 
@@ -66,12 +74,15 @@ def write_message(
         number: Of the message, from 1.
         tensors: Contiguous, of one dtype.
         received: The last of the other side's messages that is here.
+        holder: Who has the tensors, if they are not brought.
     """
     parts = [as_bytes(tensor) for tensor in tensors]
     dtype = dtype_name(tensors[0].dtype) if tensors else ""
     length = sum(len(part) for part in parts)
     said = Said(**m._asdict())
     frame = Frame(number=number, message=said, length=length, dtype=dtype, received=received)
+    if holder is not None:
+        frame.shelf, frame.shelf_number = holder
     offset = 0
     for part in parts:
         for start in range(0, len(part), CHUNK_BYTES):
@@ -111,6 +122,7 @@ def read_frame(encoded: bytes) -> Received:
         checksum=frame.checksum,
         received=frame.received,
         bye=frame.bye,
+        holder=Holder(frame.shelf, frame.shelf_number) if frame.shelf else None,
         data=data,
     )
 

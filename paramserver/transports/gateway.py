@@ -293,7 +293,7 @@ class Gateway:
     def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         metadata = self._admit(context)
         try:
-            session, received = self._conversations.take_up(metadata)
+            session, received, anew = self._conversations.take_up(metadata)
         except ParamServerError as error:
             self._count(refused=1)
             refuse(context, error)
@@ -306,7 +306,7 @@ class Gateway:
         threading.Thread(
             target=self._listen, args=(frames, session, stream), name="gateway-listen", daemon=True
         ).start()
-        for frame in session.outgoing(stream, received):
+        for frame in session.outgoing(stream, received, anew):
             self._count(sent_bytes=len(frame))
             yield frame
         if session.is_over:

@@ -7,6 +7,9 @@ as it is until the next one is asked for.
 Payloads, where they are agreed on, travel in the place of slot and parameters. A pull may bring the
 difference to what the one before has brought, so each is taken once and in order.
 
+Parameters that another client on this machine has are copied of that one
+(`paramserver.transports.neighbours`), and asked for anew if they are not to be had there.
+
 A stream that breaks is opened again while an answer is waited for, and what was not answered is
 sent once more; the shard does it once. Where nobody listens any more there is nothing to wait for:
 a gateway that has ended does not come back in its run.
@@ -17,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -28,7 +32,7 @@ import torch
 from torch import Tensor
 
 from paramserver.compression import Agreed, Payload
-from paramserver.errors import ParamServerError, ServerLostError, ServerTimeoutError
+from paramserver.errors import ParamServerError, ProtocolError, ServerLostError, ServerTimeoutError
 from paramserver.messages import Kind, Message
 from paramserver.transports import schema
 from paramserver.transports.frames import (
@@ -38,9 +42,12 @@ from paramserver.transports.frames import (
     write_bye,
     write_message,
 )
+from paramserver.transports.link import machine
+from paramserver.transports.neighbours import Neighbours, Shelf
 from paramserver.transports.remote import Remote
 from paramserver.transports.shared_memory import raise_refusal
 
+_NUM_BUFFERS: Final = 4  # two readings, of parameters and a vector
 _CLOSE_S: Final = 2.0
 _FIRST_PAUSE_S: Final = 0.05
 _LAST_PAUSE_S: Final = 1.0
@@ -62,6 +69,8 @@ class _Stream:
         self.call, self.outgoing = call, outgoing
         self.error: BaseException | None = None
         self.is_over = False
+        self.is_given_up = False
+        """Whether this side ended it, to go on with another one."""
 
 
 class GrpcConnection:
@@ -91,27 +100,39 @@ class GrpcConnection:
         self.shard = shard
         self.num_sent = 0
         """Messages that were put on their way, again or for the first time."""
+        self._channel = remote.channel()
         self.slot = torch.zeros(slot_rows * numel, dtype=dtype)
-        self.buffers: Sequence[Tensor] = [torch.zeros(numel, dtype=dtype) for _ in range(4)]
+        self._pull_end = None if agreed is None else agreed.pull_end(shard)
+        self._shelf: Shelf | None = None
+        self._found_at: list[tuple[str, str | bytes]] = []
+        if sys.platform.startswith("linux") and self._pull_end is None:
+            self._shelf = Shelf(remote.token, _NUM_BUFFERS, numel, dtype)
+            self.buffers: Sequence[Tensor] = self._shelf.buffers
+            self._found_at = [
+                ("paramserver-machine", machine()),
+                ("paramserver-shelf", self._shelf.name),
+            ]
+        else:  # shared memory is Linux's, and payloads are each client's own
+            self.buffers = [torch.zeros(numel, dtype=dtype) for _ in range(_NUM_BUFFERS)]
         self.carries = agreed is not None
         self._payload: Payload | None = None  # of the push that is not answered yet
-        self._pull_end = None if agreed is None else agreed.pull_end(shard)
         self._raw = torch.empty(0, dtype=torch.uint8)  # what of a payload has come
         self._remote, self._hello = remote, hello
         self._session = os.urandom(16)
         self._condition = threading.Condition()  # guards what follows
         self._inbox: deque[Message] = deque()
         self._received = 0
+        self._anew = 0  # the last message whose tensors no neighbour had
         self._unanswered: Message | None = None
         self._current = 0  # the buffer of the last read
         self._number = 0
-        self._channel = remote.channel()
         with self._condition:
             self._stream = self._open()
         try:
             self.welcome = self._first(timeout_s)
         except BaseException:
             self._channel.close()
+            self._close_shelf()
             raise
         if self.welcome.kind != Kind.WELCOME:
             self.close()
@@ -175,6 +196,11 @@ class GrpcConnection:
             if not stream.is_over:
                 self._condition.wait_for(lambda: stream.is_over, _CLOSE_S)
         self._channel.close()
+        self._close_shelf()
+
+    def _close_shelf(self) -> None:
+        if self._shelf is not None:
+            self._shelf.close()
 
     def _first(self, timeout_s: float) -> Message:
         with self._condition:
@@ -195,6 +221,8 @@ class GrpcConnection:
     def _check_broken(self, doing: str, timeout_s: float) -> None:
         """Raise unless the stream ended because the network broke, and somebody may be there."""
         error = self._stream.error
+        if self._stream.is_given_up:
+            return
         if error is None:
             raise ServerLostError(self.shard, doing)
         if not isinstance(error, grpc.RpcError):
@@ -215,6 +243,8 @@ class GrpcConnection:
             ("paramserver-incarnation", str(self._hello.incarnation)),
             ("paramserver-model-bin", self._hello.text.encode()),
             ("paramserver-received", str(self._received)),
+            ("paramserver-anew", str(self._anew)),
+            *self._found_at,
             *([("paramserver-payloads", "1")] if self.carries else []),
         )
         call = self._channel.stream_stream(schema.method("Exchange"))(
@@ -240,38 +270,61 @@ class GrpcConnection:
 
     def _read(self, stream: _Stream) -> None:
         error: BaseException | None = None
-        filling: Filling | None = None
         try:
-            for encoded in stream.call:
-                frame = read_frame(encoded)
-                if filling is None:
-                    message = read_message(frame)
-                    filling = Filling(frame, *self._place(message, frame.length))
-                else:
-                    filling.add(frame)
-                if filling.is_whole:
-                    self._arrived(stream, filling)
-                    filling = None
+            with Neighbours(self._remote.token, self.buffers[0]) as neighbours:
+                self._anew = self._take(stream, neighbours)
+            stream.is_given_up = self._anew > 0
         except (grpc.RpcError, ParamServerError) as caught:
             error = caught
+        if error is not None or stream.is_given_up:
             with contextlib.suppress(grpc.RpcError):
                 stream.call.cancel()
-        finally:
-            with self._condition:
-                stream.error, stream.is_over = error, True
-                self._condition.notify_all()
-            stream.outgoing.put(None)  # else gRPC's thread waits for the next frame for ever
+        with self._condition:
+            stream.error, stream.is_over = error, True
+            self._condition.notify_all()
+        stream.outgoing.put(None)  # else gRPC's thread waits for the next frame for ever
 
-    def _place(self, message: Message, length: int) -> tuple[Message, list[Tensor]]:
-        """Choose the buffers a grant's tensors go to, of ``length`` bytes in all."""
+    def _take(self, stream: _Stream, neighbours: Neighbours) -> int:
+        """Take frames until the stream ends, or a message's tensors are not where it says.
+
+        Returns that message's number, or 0.
+        """
+        filling: Filling | None = None
+        for encoded in stream.call:
+            frame = read_frame(encoded)
+            if self._shelf is not None:
+                self._shelf.moves()
+            elif frame.holder is not None:
+                raise ProtocolError("a neighbour is named to a client that has none")
+            if filling is not None:
+                filling.add(frame)
+            else:
+                message = read_message(frame)
+                message, tensors = self._place(message, bool(frame.length or frame.holder))
+                if frame.holder is not None:
+                    if not neighbours.copy(frame.holder, tensors):
+                        return frame.number
+                    tensors = []
+                filling = Filling(frame, message, tensors)
+            if filling.is_whole:
+                self._arrived(stream, filling)
+                filling = None
+        return 0
+
+    def _place(self, message: Message, comes: bool) -> tuple[Message, list[Tensor]]:
+        """Choose the buffers that a grant's tensors go to, if any come with it."""
         if message.kind != Kind.GRANT:
             return message, []
-        other = 1 - self._current if length else self._current  # no tensors: what was read before
+        other = 1 - self._current if comes else self._current  # else it is of what was read before
         vector = -1 if message.vector < 0 else 2 + other
-        tensors = [self.buffers[i] for i in (other, vector) if i >= 0 and length]
-        if tensors and self._pull_end is not None:
-            tensors = [self._raw.resize_(self._pull_end.next_bytes)]
-        return message._replace(buffer=other, vector=vector), tensors
+        message = message._replace(buffer=other, vector=vector)
+        if not comes:
+            return message, []
+        if self._shelf is not None:
+            self._shelf.take_away(_buffers(message))
+        if self._pull_end is not None:
+            return message, [self._raw.resize_(self._pull_end.next_bytes)]
+        return message, [self.buffers[i] for i in _buffers(message)]
 
     def _arrived(self, stream: _Stream, filling: Filling) -> None:
         message = filling.message
@@ -279,11 +332,13 @@ class GrpcConnection:
             if stream is not self._stream or filling.number <= self._received:
                 return
             self._received = filling.number
+            brought: tuple[int, ...] = ()
             if message.kind == Kind.GRANT and message.buffer != self._current:
                 if self._pull_end is not None:
                     before, out = self.buffers[self._current], self.buffers[message.buffer]
                     self._pull_end.pulled(self._raw, before, out)
                 self._current = message.buffer
+                brought = _buffers(message)
             if self._unanswered is not None and (
                 message.kind in (Kind.END, Kind.FAIL)
                 or (message.kind == Kind.GRANT and message.seq == self._unanswered.seq)
@@ -291,3 +346,10 @@ class GrpcConnection:
                 self._unanswered = self._payload = None
             self._inbox.append(message)
             self._condition.notify_all()
+        if self._shelf is not None:
+            self._shelf.put(filling.number, brought)
+
+
+def _buffers(grant: Message) -> tuple[int, ...]:
+    """Return which buffers a grant's tensors are in."""
+    return (grant.buffer,) if grant.vector < 0 else (grant.buffer, grant.vector)

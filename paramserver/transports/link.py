@@ -110,6 +110,13 @@ class Link:
             raise TimeoutError
 
 
+def is_of_this_user(sock: socket.socket) -> bool:
+    """Whether the process at the other end of a Unix socket is of the same user as this one."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return bool(uid == os.getuid())
+
+
 def machine() -> str:
     """Return what two processes have in common whose abstract Unix sockets are the same."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

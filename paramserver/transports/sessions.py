@@ -11,6 +11,9 @@ local one has, and a push reaches the shard only when it has come whole.
 A client that compresses has the shard's end of its wire here, too: its payloads come out in the
 slot, and what it is shown of a snapshot is kept until it surely has that, since what it is shown
 next may be the difference to it.
+
+Parameters that another client on the same machine is sent already are not sent once more: this one
+is told who has them (`paramserver.transports.pulls`).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from paramserver.compression import ShardEnd
 from paramserver.errors import ParamServerError, ProtocolError, ServerLostError
 from paramserver.messages import Kind, Message, failure
 from paramserver.transports.frames import Filling, read_frame, read_message, write_message
+from paramserver.transports.pulls import Holder, Place, Pulls
 from paramserver.transports.shared_memory import SharedMemoryConnection
 
 _TAKEN: Final = frozenset({Kind.PUSH, Kind.READ, Kind.RELEASE, Kind.LEAVE})
@@ -57,11 +61,22 @@ class Session:
     """One client's place at one shard. A stream's two threads use it, and the gateway's own."""
 
     def __init__(
-        self, connection: SharedMemoryConnection, hello: Message, end: ShardEnd | None = None
+        self,
+        connection: SharedMemoryConnection,
+        hello: Message,
+        end: ShardEnd | None = None,
+        *,
+        place: Place | None = None,
+        pulls: Pulls | None = None,
     ) -> None:
         """Speak for a client over ``connection``, on which ``hello`` was said.
 
-        ``end`` is the shard's end of the wire, for a client that compresses.
+        Args:
+            connection: The client's to the shard.
+            hello: What it said.
+            end: The shard's end of the wire, for a client that compresses.
+            place: Where the client can be found by its neighbours, if it can be.
+            pulls: What those have.
         """
         self.hello, self.shard = hello, connection.shard
         self.detached_at: float | None = None
@@ -71,6 +86,8 @@ class Session:
         self._connection = connection
         self._lock = threading.Lock()  # of all below; the connection is closed under it only
         self._end = end
+        self._place, self._pulls = place, pulls
+        self._granted = 0  # number of the grant whose read is leased
         self._raw = torch.empty(0, dtype=torch.uint8)  # what of a payload has come
         self._showing = threading.Lock()  # what is shown is made once, and in order
         self._last_shown = (-1, -1)  # its seq and version
@@ -90,6 +107,7 @@ class Session:
                 for old in [k for k in self._kept if k.message.kind == Kind.GRANT]:
                     if not old.counts:
                         self._kept.remove(old)
+                self._granted = self._number
             self._kept.append(_Kept(self._number, message))
             self._wake()
 
@@ -166,6 +184,7 @@ class Session:
         with self._lock:
             if message.kind == Kind.PUSH and message.step:
                 self._no_read = message.seq
+            self._granted = 0
             if not self._is_closed:
                 self._connection.send(message)
 
@@ -174,8 +193,11 @@ class Session:
         self.tell(failure(error))
         self.is_over = True
 
-    def outgoing(self, stream: int, received: int) -> Iterator[bytes]:
-        """Yield frames for the client while ``stream`` carries it, from message ``received`` on."""
+    def outgoing(self, stream: int, received: int, anew: int = 0) -> Iterator[bytes]:
+        """Yield frames for the client while ``stream`` carries it, from message ``received`` on.
+
+        What message ``anew`` brings is not to be had of a neighbour.
+        """
         poller = select.poll()
         poller.register(self._connection, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
@@ -184,8 +206,11 @@ class Session:
             for kept in self._after(received):
                 received = kept.number
                 tensors = self._tensors(kept)
-                if tensors is not None:
-                    yield from write_message(kept.message, kept.number, tensors)
+                if tensors is None:
+                    continue
+                holder = self._holder(kept, kept.number == anew) if tensors else None
+                brought = [] if holder is not None else tensors
+                yield from write_message(kept.message, kept.number, brought, holder=holder)
             if self.is_over:
                 return
             if not self._hear() and self.is_on(stream):
@@ -206,6 +231,8 @@ class Session:
             self._wake()
             self._connection.close()
             os.close(self._wakeup)
+        if self._place is not None and self._pulls is not None:
+            self._pulls.forget(self._place, self.shard)
 
     def _hear(self) -> bool:
         """Take the shard's next message if it is there."""
@@ -243,6 +270,25 @@ class Session:
             if kept.shown is None:
                 kept.shown = self._show(self._end, message, vectors[0])
             return kept.shown
+
+    def _holder(self, kept: _Kept, anew: bool) -> Holder | None:
+        """Return the neighbour that has what a grant is of; None if it is to be sent.
+
+        Parameters are the same in the same buffer at the same version, while both are leased.
+        """
+        if self._place is None or self._pulls is None:
+            return None
+        if self._end is not None and self._end.compresses_pulls:  # each by a seed of its own
+            return None
+        m = kept.message
+        what = (m.version, m.buffer, m.vector)
+        return self._pulls.claim(
+            what, self._place, self.shard, kept.number, lambda: self._leases(kept.number), anew=anew
+        )
+
+    def _leases(self, number: int) -> bool:
+        """Whether what message ``number`` has granted is leased still."""
+        return self._granted == number and self.detached_at is None and not self._is_closed
 
     def _show(self, end: ShardEnd, message: Message, params: Tensor) -> list[Tensor]:
         """Make what is shown next to a client that is sent differences."""

@@ -18,7 +18,6 @@ import logging
 import os
 import select
 import socket
-import struct
 import sys
 import threading
 import time
@@ -36,7 +35,7 @@ from paramserver.errors import (
 )
 from paramserver.messages import Kind, Message, raise_failure
 from paramserver.transports import Server
-from paramserver.transports.link import SERVER_SPIN_S, Link, abstract
+from paramserver.transports.link import SERVER_SPIN_S, Link, abstract, is_of_this_user
 from paramserver.transports.segment import Segment, check_memory
 
 logger = logging.getLogger(__name__)
@@ -226,10 +225,8 @@ class Host:
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, uid, _ = struct.unpack("3i", credentials)
-        if uid != os.getuid():
-            logger.warning("a connection of user %d was refused", uid)
+        if not is_of_this_user(sock):
+            logger.warning("a connection of another user was refused")
             sock.close()
             return
         link = Link(sock)

@@ -82,6 +82,9 @@ class Fuzzer:
         }
         if r.random() < 0.5:
             right["paramserver-payloads"] = "1"
+        if r.random() < 0.5:
+            right["paramserver-machine"], right["paramserver-anew"] = "m", str(r.randint(0, 2))
+            right["paramserver-shelf"] = r.randbytes(16).hex()
         if r.random() < 0.4:
             key = r.choice(list(right))
             wrong: list[str | bytes] = (
