@@ -4,7 +4,8 @@ Both go from one process to another between two networks with a cable of this ma
 many bytes each way. The socket does nothing with them, nor does a stream of gRPC's, in MiBs; ours
 checks and applies them: plain SGD on one shard behind a gateway, the gradient made in its slot.
 
-Then workers train over a link of 1 Gbit/s, with what they push and read as it is, and as int8.
+Then workers train over a link of 1 Gbit/s: with what they push and read as it is, and as int8; and
+in lock-step, with one pull for all of them, and one each.
 """
 
 from __future__ import annotations

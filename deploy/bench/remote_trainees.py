@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from async_sgd.rules import Asynchronous
+from async_sgd.rules import RULES
 from deploy.bench import children
 from deploy.bench.remote_training import NUM_WORKERS, PLAIN, QUICK_SECONDS, SECONDS, task
 from deploy.bench.work import OPTIMIZER, SEED, Meter
@@ -29,6 +29,7 @@ from paramserver.freed_memory import keep_freed_memory
 from paramserver.layout import Layout
 from paramserver.sequencer import Sequencer
 from paramserver.shard_config import ShardConfig
+from paramserver.transports import grpc_connection
 from paramserver.transports.gateway import Gateway, GatewayConfig
 from paramserver.transports.remote import Remote
 from workers.actor import Servers
@@ -60,7 +61,7 @@ def serve(told: dict[str, Any]) -> None:
         )
     )
     torch.set_num_threads(1)
-    with children.shard(_serve_shard, address, token, told["quick"]):
+    with children.shard(_serve_shard, address, token, told["rule"], told["quick"]):
         try:
             print(json.dumps({**told, "address": gateway.start(), "token": token}), flush=True)
             sys.stdin.read()
@@ -68,7 +69,7 @@ def serve(told: dict[str, Any]) -> None:
             gateway.close()
 
 
-def _serve_shard(address: str, token: str, quick: bool, ready: Any) -> None:
+def _serve_shard(address: str, token: str, rule: str, quick: bool, ready: Any) -> None:
     """Serve until the process is ended."""
     model = build_model(task(quick=quick), SEED)
     layout = Layout.of(model)
@@ -82,15 +83,17 @@ def _serve_shard(address: str, token: str, quick: bool, ready: Any) -> None:
     )
     params: np.ndarray[Any, np.dtype[np.float32]] = layout.flatten(model).numpy()
     server = ShardServer(config, params)
-    server.lead(Sequencer(Asynchronous().build(NUM_WORKERS)), [], 30.0)
+    server.lead(Sequencer(RULES.parse(rule).build(NUM_WORKERS)), [], 30.0)
     ready.set()
     threading.Event().wait()
 
 
 def work(told: dict[str, Any], worker: int) -> None:
-    """Train as ``worker`` when standard input says so, and say how many updates a second."""
+    """Train as ``worker`` when standard input says so, and say how many gradients a second."""
     keep_freed_memory()
     torch.set_num_threads(1)
+    if told["alone"]:
+        vars(grpc_connection)["machine"] = lambda: f"machine {worker}"
     what, way = task(quick=told["quick"]), _compression(told["how"])
     model, examples = build_model(what, SEED), build_data(what).train
     layout = Layout.of(model)
