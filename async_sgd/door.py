@@ -1,4 +1,4 @@
-"""The way into a run from other machines and for guests: the gateway's process, if there is one."""
+"""The ways into a run from other machines and for guests: a gateway on each node with shards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,9 @@ from paramserver.actor import OWN_ADDRESS, GatewayActor
 from paramserver.errors import ResourceError, ServerTimeoutError
 from paramserver.reach import Reach
 from workers.actor import Servers
-from workers.reservation import Share
 
 if TYPE_CHECKING:
+    from paramserver.transports.gateway import GatewayConfig
     from paramserver.transports.remote import Identity
 
 logger = logging.getLogger(__name__)
@@ -38,19 +40,18 @@ class Door:
         """
         self._reach = reach
         nodes = 1 if cluster is None else sum(bool(node["Alive"]) for node in ray.nodes())
-        self._is_far = nodes > 1 and reach.transport != "shared-memory"
+        self.is_far = nodes > 1 and reach.transport != "shared-memory"
+        """Whether the run's processes may be on several nodes."""
         self.is_needed = reach.needs_gateway(nodes)
         """Whether somebody may come who shares no memory with the shards."""
-        if self._is_far:
+        if self.is_far:
             self._check_far(nodes)
-        self._actor: Any = None
+        self._actors: list[Any] = []
         self._told: Path | None = None
         self._servers: Servers | None = None
-
-    @property
-    def share(self) -> Share:
-        """Which of the run's processes must be on one node."""
-        return "servers" if self._is_far else "all"
+        self._first_guest = 0
+        self.followers: tuple[str, ...] = ()
+        """Where shard 0 finds the others, once it is open."""
 
     @property
     def num_places(self) -> int:
@@ -58,62 +59,104 @@ class Door:
         return self._reach.guests + 1 if self.is_needed else 0
 
     def open(
-        self, servers: Servers, num_workers: int, options: Mapping[str, Any], timeout_s: float
+        self,
+        servers: Servers,
+        num_workers: int,
+        options: Callable[[int], Mapping[str, Any]],
+        timeout_s: float,
     ) -> Servers:
         """Start to listen, if need be; return ``servers`` as workers are told of them.
 
-        ``options`` put the gateway's actor on the shards' node.
+        ``options`` put an actor on a shard's node.
 
         Raises:
             ResourceError: The address cannot be listened at, or not in clear text.
         """
         servers = replace(servers, transport=self._reach.transport)
+        self.followers = servers.addresses[1:]
         if not self.is_needed:
             return servers
         # gRPC is imported by those processes alone that speak it
-        from paramserver.transports.gateway import GatewayConfig  # noqa: PLC0415
         from paramserver.transports.remote import Remote  # noqa: PLC0415
+        from paramserver.transports.tunnel import Far  # noqa: PLC0415
 
         own, theirs = self._identities()
-        config = GatewayConfig(
+        config, self._first_guest = self._config(servers, num_workers, own), num_workers
+        remotes: dict[str, Remote] = {}  # by machines
+
+        def listen(machine: str, listen: str, elsewhere: Mapping[str, Far]) -> None:
+            """Start the gateway of the shards on ``machine``."""
+            shards = tuple(
+                address if place == machine else elsewhere.get(address)
+                for address, place in zip(servers.addresses, servers.machines, strict=True)
+            )
+            there = options(servers.machines.index(machine))
+            address = self._start(replace(config, listen=listen, shards=shards), there, timeout_s)
+            remotes[machine] = Remote(
+                address=address,
+                token=servers.token,
+                identity=theirs,
+                clear_text=config.clear_text,
+            )
+
+        first, *others = dict.fromkeys(servers.machines)
+        for machine in others:
+            listen(machine, OWN_ADDRESS, {})
+        far = {
+            address: Far(address=f"{address}/far", remote=remotes[place])
+            for address, place in zip(servers.addresses, servers.machines, strict=True)
+            if place != first
+        }
+        listen(first, config.listen, far)  # the last one: it has the ways to all others
+        self.followers = tuple(
+            far[address].address if address in far else address for address in self.followers
+        )
+        self._servers = replace(servers, remotes=tuple(remotes[m] for m in servers.machines))
+        return self._servers
+
+    def _config(
+        self, servers: Servers, num_workers: int, identity: Identity | None
+    ) -> GatewayConfig:
+        """Return what all gateways have in common."""
+        from paramserver.transports.gateway import GatewayConfig  # noqa: PLC0415
+
+        return GatewayConfig(
             listen=self._listen(servers),
-            shards=servers.addresses,
+            shards=(),
             cuts=servers.cuts,
             dtype=servers.layout.dtype,
             token=servers.token,
             fingerprint=servers.layout.fingerprint,
+            secret=secrets.token_hex(16),
             layout=json.dumps(servers.layout.to_json()),
             slot_rows=servers.slot_rows,
             agreed=servers.agreed,
             wait_s=servers.wait_s,
             timeout_s=servers.timeout_s,
-            identity=own,
+            identity=identity,
             clear_text=self._reach.clear_text,
             first_guest=num_workers,
             guests=self._reach.guests,
             num_clients=2 * len(servers.cuts) * (num_workers + self._reach.guests + 1),
         )
-        self._actor = GatewayActor.options(**options).remote(config)
+
+    def _start(self, config: GatewayConfig, options: Mapping[str, Any], timeout_s: float) -> str:
+        """Start a gateway; return its address."""
+        actor: Any = GatewayActor.options(**options).remote(config)
+        self._actors.append(actor)
         try:
-            address, machine = ray.get(self._actor.start.remote(), timeout=timeout_s)
+            address: str = ray.get(actor.start.remote(), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
             raise ServerTimeoutError(0, "starting the gateway", timeout_s) from error
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        remote = Remote(
-            address=address,
-            token=servers.token,
-            identity=theirs,
-            clear_text=self._reach.clear_text,
-        )
-        self._servers = replace(servers, remote=remote, machine=machine)
-        return self._servers
+        return address
 
     def tell(self, folder: Path) -> None:
         """Write what a guest needs to know into the run's folder, for this user's eyes only."""
-        if self._servers is None or self._servers.remote is None:
+        if self._servers is None:
             return
-        remote, ca = self._servers.remote, self._reach.tls_ca or self._reach.tls_certificate
+        remote, ca = self._servers.remotes[0], self._reach.tls_ca or self._reach.tls_certificate
         told = {
             "address": remote.address,
             "token": remote.token,
@@ -126,22 +169,35 @@ class Door:
             json.dump(told, opened)
 
     def summary(self, timeout_s: float) -> dict[str, Any]:
-        """Return what the run's record says of the gateway; nothing if there is none."""
-        if self._servers is None or self._servers.remote is None:
+        """Return what a run's record says of the gateways; nothing if there are none."""
+        if self._servers is None:
             return {}
+        came: set[int] = set()
+        counted: Counter[str] = Counter()
         try:
-            told = ray.get(self._actor.summary.remote(), timeout=timeout_s)
+            told = ray.get([a.summary.remote() for a in self._actors], timeout=timeout_s)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            logger.warning("the gateway does not say who came: %s", type(error).__name__)
+            logger.warning("a gateway does not say who came: %s", type(error).__name__)
             return {}
-        return {"gateway": {"address": self._servers.remote.address, **told}}
+        for who, how_much in told:
+            came |= who
+            counted.update(how_much)
+        guests = sum(worker >= self._first_guest for worker in came)
+        addresses = list(dict.fromkeys(remote.address for remote in self._servers.remotes))
+        return {
+            "gateway": {
+                "address": addresses[0],
+                "others": addresses[1:],
+                "workers": len(came) - guests,
+                "guests": guests,
+                **counted,
+            }
+        }
 
     def is_lost(self, timeout_s: float) -> bool:
-        """Whether the gateway's process has ended by itself."""
-        if self._actor is None:
-            return False
+        """Whether a gateway's process has ended by itself."""
         try:
-            ray.get(self._actor.summary.remote(), timeout=timeout_s)
+            ray.get([actor.summary.remote() for actor in self._actors], timeout=timeout_s)
         except ray.exceptions.RayActorError:
             return True
         return False
@@ -150,11 +206,11 @@ class Door:
         """Stop to listen. Twice is harmless."""
         if self._told is not None:
             self._told.unlink(missing_ok=True)
-        if self._actor is not None:
-            with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-                ray.get(self._actor.close.remote(), timeout=5)
-            ray.kill(self._actor)
-            self._actor = None
+        with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            ray.get([actor.close.remote() for actor in self._actors], timeout=5)
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
 
     def _check_far(self, nodes: int) -> None:
         from paramserver.transports.remote import clear_text_refused, is_local  # noqa: PLC0415
@@ -174,7 +230,7 @@ class Door:
     def _listen(self, servers: Servers) -> str:
         if self._reach.listen is not None:
             return self._reach.listen
-        if self._is_far:
+        if self.is_far:
             return OWN_ADDRESS
         return f"unix-abstract:{servers.addresses[0]}/gateway"
 

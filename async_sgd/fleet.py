@@ -97,7 +97,7 @@ class Fleet:
             self._config,
             servers=len(plan.cuts),
             workers=self._config.workers,
-            share=self._door.share,
+            one_node=not self._door.is_far,
         )
         self._task_ref, self._course_ref = ray.put(plan.task), ray.put(plan.course)
         self._measures: dict[str, Any] = {}  # of the pushes up to the last checkpoint
@@ -109,13 +109,13 @@ class Fleet:
             looks=self._config.looks,
             timeout_s=self._config.call_timeout_s,
             lost=self._lost,
-            options=self._places.beside_first,
+            options=lambda: self._places.beside(0),
         )
         self._vacancies = Vacancies(self._places.lack, self._config.resources_timeout_s)
         self._threads = self._config.worker_threads
 
     def start(self) -> None:
-        """Start every process, all at once, and let the workers go."""
+        """Start every process, nearly all at once, and let the workers go."""
         self._places.take()
         for shard in range(len(self._cuts)):
             self._start_shard(shard)
@@ -124,13 +124,14 @@ class Fleet:
             self._spawn(worker)
         timeout_s = self._config.call_timeout_s
         self._get([shard.follow.remote() for shard in self._shards[1:]], "starting the shards")
+        self._open_door()
         ledger = Ledger.load(self._run.folder.updates) if self._run.resumed else None
         sequencer = self._plan.sequencer(self._start, ledger)
-        lead = self._shards[0].lead.remote(sequencer, self._addresses[1:], timeout_s)
+        lead = self._shards[0].lead.remote(sequencer, self._door.followers, timeout_s)
         self._get([lead], "starting the shards")
         ready = [w.ready.remote() for w in (*self._workers.values(), self._evaluations.actor)]
         self._get(ready, "starting the workers")
-        self._open_door()
+        self._door.tell(self._run.folder.path)
         self._evaluations.connect()
         self._run.started()
         for worker in self._workers:
@@ -138,11 +139,14 @@ class Fleet:
 
     def _open_door(self) -> None:
         """Listen for workers on other machines, and for guests, if there may be any."""
-        timeout_s = self._config.call_timeout_s
+        asked = [shard.machine.remote() for shard in self._shards]
+        machines = self._get(asked, "starting the shards")
         self._servers = self._door.open(
-            self._servers, self._config.workers, self._places.beside_first(), timeout_s
+            replace(self._servers, machines=tuple(machines)),
+            self._config.workers,
+            self._places.beside,
+            self._config.call_timeout_s,
         )
-        self._door.tell(self._run.folder.path)
         self._evaluations.servers = self._servers
 
     def watch(self) -> None:
@@ -281,7 +285,7 @@ class Fleet:
                 return RunFailedError(f"shard {index} failed: {failure}")
         if self._door.is_lost(self._config.call_timeout_s):
             return RunFailedError(
-                "the gateway was lost, by which workers on other nodes reach the shards; go on "
+                "a gateway was lost, by which processes on other nodes reach the shards; go on "
                 f"from the last checkpoint with resume={self._run.folder.path}"
             )
         return None

@@ -61,6 +61,10 @@ class ShardServer:
         del self._params
         return shard
 
+    def machine(self) -> str:
+        """Return where this is: see `paramserver.transports.link.machine`."""
+        return machine()
+
     def follow(self) -> None:
         """Listen, and serve as a follower.
 
@@ -181,8 +185,8 @@ class GatewayServer:
         self._config = config
         self._gateway: Gateway | None = None
 
-    def start(self) -> tuple[str, str]:
-        """Listen; return the address as other nodes reach it, and the machine this is.
+    def start(self) -> str:
+        """Listen; return the address as other nodes reach it.
 
         Raises:
             ResourceError: The address cannot be listened at, or a certificate not be read.
@@ -196,14 +200,14 @@ class GatewayServer:
         self._gateway = Gateway(config)
         host, colon, port = self._gateway.start().rpartition(":")
         everywhere = ("0.0.0.0", "[::]")  # noqa: S104  # what a user may have asked for
-        return (own if host in everywhere else host) + colon + port, machine()
+        return (own if host in everywhere else host) + colon + port
 
-    def summary(self) -> dict[str, Any]:
-        """Return what a run's record says of who came, and of what came and went."""
+    def summary(self) -> tuple[set[int], dict[str, int]]:
+        """Return who pushed through here, and what a run's record says of what came and went."""
         assert self._gateway is not None, "started before"
         counted = self._gateway.counted()
         del counted["clients"]  # of whom none is left
-        return {**self._gateway.came(), **counted}
+        return self._gateway.came(), counted
 
     def close(self) -> None:
         """End every conversation."""

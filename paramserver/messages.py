@@ -110,6 +110,9 @@ _HEADER: Final = struct.Struct("<BBHii qqqqq iiii dddd")
 MAX_BYTES: Final = 65536
 """Largest message, text included; a Gram matrix of 75 vectors fits in one."""
 
+MAX_TEXT_BYTES: Final = MAX_BYTES - _HEADER.size
+"""Of them for the text, in UTF-8."""
+
 
 def encode(m: Message) -> bytes:
     """Return the bytes of ``m``."""
@@ -119,7 +122,7 @@ def encode(m: Message) -> bytes:
         m.samples, m.buffer, m.vector, m.step, m.scale, m.loss, m.norm,
         m.noise,
     )  # fmt: skip
-    return head + m.text.encode()[: MAX_BYTES - _HEADER.size] if m.text else head
+    return head + m.text.encode()[:MAX_TEXT_BYTES] if m.text else head
 
 
 def decode(data: bytes | memoryview) -> Message:
@@ -170,18 +173,23 @@ def unpack_numbers(text: str, shape: Sequence[int]) -> Tensor:
 def failure(error: ParamServerError) -> Message:
     """Make the message that raises ``error`` at the other side."""
     text = json.dumps({"type": type(error).__name__, "args": error.args})
-    if len(text) > MAX_BYTES - _HEADER.size:  # cut short it could not be read at all
+    if len(text) > MAX_TEXT_BYTES:  # cut short it could not be read at all
         text = json.dumps({"type": "ParamServerError", "args": [str(error)[:1000]]})
     return Message(Kind.FAIL, text=text)
 
 
 def raise_failure(message: Message) -> None:
     """Raise the error a `Kind.FAIL` message carries."""
+    raise error_of(message)
+
+
+def error_of(message: Message) -> ParamServerError:
+    """Return the error a `Kind.FAIL` message carries."""
     described = json.loads(message.text)
     kind = getattr(errors, described["type"], None)
     if not (isinstance(kind, type) and issubclass(kind, ParamServerError)):
-        raise ProtocolError(f"the server failed with {message.text}")
-    raise kind(*(_int_keys(a) if isinstance(a, dict) else a for a in described["args"]))
+        return ProtocolError(f"the server failed with {message.text}")
+    return kind(*(_int_keys(a) if isinstance(a, dict) else a for a in described["args"]))
 
 
 def _int_keys(mapping: dict[str, object]) -> dict[int | str, object]:

@@ -24,8 +24,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from paramserver.errors import ParamServerError, ProtocolError, ResourceError
-from paramserver.messages import Action, Kind, Message, failure
+from paramserver.errors import (
+    ParamServerError,
+    ProtocolError,
+    ResourceError,
+    ServerLostError,
+)
+from paramserver.messages import Action, Kind, Message, error_of, failure
 from paramserver.sequencer import Sequencer
 from paramserver.shard import Held, Lease
 
@@ -182,10 +187,16 @@ class Follower(_Server):
             self._answers.pop(order.worker, None)
 
     def on_gone(self, conn: Conn, now: float) -> None:
-        """Forget a connection that has ended. What its worker held goes when the leader says so."""
-        if conn is self._leader:
-            self._leader = None
+        """Forget a connection that has ended. What its worker held goes when the leader says so.
+
+        Without its leader this shard is behind for good, and says so to workers that may wait for
+        nothing else.
+        """
         self._forget(conn)
+        if conn is self._leader and self._broken is None:
+            self._broken = ServerLostError(0, "being led by it")
+            for each in self._names:
+                self._send(each, failure(self._broken))
 
     def on_tick(self, now: float) -> None:
         """Nothing is timed here."""
@@ -250,11 +261,18 @@ class Leader(_Server):
             case Kind.LEAVE:
                 self._sender(conn, m)
                 self._carry_out(self.sequencer.on_leave(m.worker, now))
+            case Kind.FAIL if conn in self._followers:  # why the way to it has ended
+                if self.sequencer.ended is None:
+                    self._break(error_of(m))
             case _:
                 raise ProtocolError(f"a leader does not take message {m.kind}")
 
     def on_gone(self, conn: Conn, now: float) -> None:
-        """Handle the end of a connection, by its worker's will or death."""
+        """Handle the end of a connection, by its worker's will or death, or a follower's."""
+        if conn in self._followers and self.sequencer.ended is None:
+            shard = 1 + self._followers.index(conn)
+            self._break(ServerLostError(shard, "leading it"))
+            return
         name = self._forget(conn)
         if name is None:
             return

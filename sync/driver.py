@@ -67,7 +67,7 @@ class Driver:
             places=Places(
                 self._config,
                 workers=self._config.workers,
-                share="all" if trainer.collective == "shared_memory" else "nothing",
+                one_node=trainer.collective == "shared_memory",
             ),
             network_interface=trainer.network_interface,
             compressed=self._config.compress is not None,

@@ -55,12 +55,12 @@ class Servers:
     """Rows of a slot; more than one for pushes of several, and for a program that asks for
     matrices."""
     transport: Transport = "auto"
-    remote: Remote | None = None
-    """Where they listen for workers on other machines; None if they do not."""
+    remotes: tuple[Remote, ...] = ()
+    """What each is behind for workers on other machines; empty if nobody can come from there."""
+    machines: tuple[str, ...] = ()
+    """Which one each is on."""
     agreed: Agreed | None = None
     """How workers compress; None if they do not."""
-    machine: str = ""
-    """Which one they are on, if they listen."""
 
     def connect(self, worker: int, incarnation: int) -> Client:
         """Join as ``worker``, or as a reader if it is below 0: followers first, then the leader."""
@@ -83,21 +83,19 @@ class Servers:
             connections, worker=worker, incarnation=incarnation, clock=clock, wait_s=self.wait_s
         )
 
-    @property
-    def _is_near(self) -> bool:
-        """Whether this process shares memory with the shards, and is to use it."""
-        if self.remote is None or self.transport == "shared-memory":
+    def _is_near(self, shard: int) -> bool:
+        """Whether this process shares memory with ``shard``, and is to use it."""
+        if not self.remotes or self.transport == "shared-memory":
             return True
-        return self.transport == "auto" and self.machine == machine()
+        return self.transport == "auto" and self.machines[shard] == machine()
 
     def _connect(self, shard: int, hello: Message) -> SharedMemoryConnection | GrpcConnection:
-        if not self._is_near:
+        if not self._is_near(shard):
             # gRPC is imported by those processes alone that speak it
             from paramserver.transports.grpc_connection import GrpcConnection  # noqa: PLC0415
 
-            assert self.remote is not None
             return GrpcConnection(
-                self.remote,
+                self.remotes[shard],
                 shard,
                 len(self.cuts[shard]),
                 hello._replace(text=self.layout.fingerprint),

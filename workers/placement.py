@@ -19,8 +19,11 @@ class Placement:
     """What a run's processes ask of a cluster's nodes; at home they ask nothing."""
 
     placement: Literal["spread", "pack"] = "spread"
-    """Workers on as many nodes as there are, or on as few as hold them; cluster only. Shards are
-    spread."""
+    """Workers on as many nodes as there are, or on as few as hold them; cluster only."""
+
+    server_placement: Literal["spread", "pack"] = "spread"
+    """Shards on as many nodes as there are, which all send and take then, or on one; cluster
+    only."""
 
     worker_cpus: float = 1.0
     """CPUs each worker asks of Ray; cluster only."""
@@ -51,8 +54,9 @@ class Placement:
     of the run."""
 
     def __post_init__(self) -> None:
-        if self.placement not in ("spread", "pack"):
-            raise ValueError(f"placement must be 'spread' or 'pack', got {self.placement!r}")
+        for name in ("placement", "server_placement"):
+            if (way := getattr(self, name)) not in ("spread", "pack"):
+                raise ValueError(f"{name} must be 'spread' or 'pack', got {way!r}")
         for name in ("worker_cpus", "worker_gpus", "server_cpus"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
@@ -79,7 +83,7 @@ class Placement:
     @property
     def asked_of_servers(self) -> list[str]:
         """Names of the fields that ask something for shards."""
-        names = ("server_cpus", "server_resources", "server_labels")
+        names = ("server_placement", "server_cpus", "server_resources", "server_labels")
         return [name for name in names if getattr(self, name) != _DEFAULTS[name]]
 
     @property
@@ -99,6 +103,7 @@ class Placement:
 
 _DEFAULTS: Mapping[str, object] = {
     "placement": "spread",
+    "server_placement": "spread",
     "worker_cpus": 1.0,
     "worker_gpus": 0.0,
     "worker_resources": None,

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -34,8 +34,6 @@ _QUIET_S = 2.0
 _LOOK_S = 0.5
 """Seconds in which Ray's own wait cannot be interrupted."""
 
-Share = Literal["all", "servers", "nothing"]
-
 _LEAST = {"memory": 1.0}
 """What a process holds that asks for nothing: a bundle may not be empty, every node has a byte."""
 
@@ -44,7 +42,7 @@ class Places:
     """Where each process of one run goes; at home anywhere."""
 
     def __init__(
-        self, config: Placement, *, workers: int, servers: int = 0, share: Share = "nothing"
+        self, config: Placement, *, workers: int, servers: int = 0, one_node: bool = False
     ) -> None:
         """Describe the places; `take` asks the cluster for them.
 
@@ -52,9 +50,9 @@ class Places:
             config: What each process asks.
             workers: Workers.
             servers: Shards.
-            share: Who must share a node's memory.
+            one_node: Whether all of them must share a node's memory.
         """
-        self._config, self._share = config, share
+        self._config, self._one_node = config, one_node
         self._servers = Wanted("shard", servers, config.server_needs)
         self._workers = Wanted("worker", workers, config.worker_needs)
         self._groups: list[PlacementGroup] = []
@@ -67,10 +65,10 @@ class Places:
         """
         if self._config.address is None:
             return
-        if self._share == "all":
+        if self._one_node:
             self._groups = [_group([self._servers, self._workers], "STRICT_PACK")]
         else:
-            servers = "STRICT_PACK" if self._share == "servers" else "SPREAD"
+            servers = {"spread": "SPREAD", "pack": "STRICT_PACK"}[self._config.server_placement]
             workers = self._config.placement.upper()
             self._groups = [
                 _group([wanted], way)
@@ -110,7 +108,7 @@ class Places:
         if self._config.address is None:
             return {"num_cpus": 0}
         resources = dict(self._workers.needs.resources)
-        bundle = index + (self._servers.count if self._share == "all" else 0)
+        bundle = index + (self._servers.count if self._one_node else 0)
         return _options(resources, self._groups[-1], bundle)
 
     def server(self, index: int) -> dict[str, Any]:
@@ -119,11 +117,14 @@ class Places:
             return {"num_cpus": 0}
         return _options(dict(self._servers.needs.resources), self._groups[0], index)
 
-    def beside_first(self) -> dict[str, Any]:
-        """Return the options of an actor that asks for nothing, on the first process's node."""
+    def beside(self, index: int) -> dict[str, Any]:
+        """Return the options of an actor that asks for nothing, on the node of shard ``index``.
+
+        Without shards it is on the first worker's.
+        """
         if self._config.address is None:
             return {"num_cpus": 0}
-        return _options({}, self._groups[0], 0)
+        return _options({}, self._groups[0], index)
 
     def free(self) -> None:
         """Give every place back; processes that still hold one end."""
@@ -152,7 +153,7 @@ class Places:
             for kind in (self._servers, self._workers)
             if kind.count
         ]
-        return shortage(wanted, nodes, one_node=self._share == "all")
+        return shortage(wanted, nodes, one_node=self._one_node)
 
     def _bundles(self) -> Iterator[str]:
         """Return each bundle's node, or nothing if it has none, shards' first."""

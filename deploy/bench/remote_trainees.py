@@ -106,7 +106,7 @@ def work(told: dict[str, Any], worker: int) -> None:
         timeout_s=60.0,
         wait_s=60.0,
         transport="grpc",
-        remote=Remote(address=told["address"], token=told["token"], clear_text=True),
+        remotes=(Remote(address=told["address"], token=told["token"], clear_text=True),),
         agreed=agreed_by(layout, cuts, way, way, SEED),
     )
     meter = Meter(*(QUICK_SECONDS if told["quick"] else SECONDS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -33,6 +33,8 @@ class Place:
     cuts: tuple[range, ...]
     slot_rows: int
     wait_s: float
+    gateways: tuple[str, ...]
+    """Which each shard is behind; empty for the one that was asked."""
 
     def connect(self, remote: Remote, timeout_s: float) -> list[GrpcConnection]:
         """Say hello to every shard, the leader last; return the connections in order."""
@@ -45,8 +47,9 @@ class Place:
         connections: list[GrpcConnection] = []
         try:
             for shard in reversed(range(len(self.cuts))):
+                gateway = self.gateways[shard] or remote.address
                 connection = GrpcConnection(
-                    remote,
+                    replace(remote, address=gateway),
                     shard,
                     len(self.cuts[shard]),
                     hello,
@@ -79,6 +82,7 @@ def register(remote: Remote, *, reads: bool, timeout_s: float) -> Place:
         cuts=tuple(range(a, b) for a, b in zip([0, *stops], stops, strict=False)),
         slot_rows=reply.slot_rows,
         wait_s=reply.wait_s,
+        gateways=tuple(reply.gateways),
     )
 
 

@@ -78,14 +78,14 @@ class Conversations:
             ParamServerError: The shard refuses the client.
         """
         name = metadata.get("paramserver-session-bin", b"")
-        numbers = [_number(metadata, key) for key in ("shard", "worker", "incarnation", "received")]
-        shard, worker, incarnation, received = numbers
+        worker, incarnation, received = (
+            _number(metadata, key) for key in ("worker", "incarnation", "received")
+        )
+        shard = shard_of(metadata, self._num_shards)
         anew = _number({"paramserver-anew": "0", **metadata}, "anew")
         place = _place(metadata)
         if not isinstance(name, bytes) or len(name) != 16:
             raise ProtocolError("a session's name has 16 bytes")
-        if not 0 <= shard < self._num_shards:
-            raise ProtocolError(f"there are {self._num_shards} shards, and none is {shard}")
         compresses = metadata.get("paramserver-payloads") == "1"
         if compresses and self._agreed is None:
             raise ProtocolError("this client compresses, and this run does not")
@@ -152,6 +152,14 @@ def _place(metadata: dict[str, str | bytes]) -> Place | None:
             "and its shelf, in 32 hex digits"
         )
     return Place(machine, shelf)
+
+
+def shard_of(metadata: dict[str, str | bytes], num_shards: int) -> int:
+    """Return which of ``num_shards`` a call is for; ProtocolError if it is none of them."""
+    shard = _number(metadata, "shard")
+    if not 0 <= shard < num_shards:
+        raise ProtocolError(f"there are {num_shards} shards, and none is {shard}")
+    return shard
 
 
 def _number(metadata: dict[str, str | bytes], key: str) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paramserver.errors import ProtocolError
-from paramserver.messages import MAX_BYTES, Kind, Message
+from paramserver.messages import MAX_BYTES, MAX_TEXT_BYTES, Kind, Message
 from paramserver.transports.pulls import Holder
 from paramserver.transports.schema import Frame, Said
 
@@ -171,7 +171,7 @@ def read_message(frame: Received) -> Message:
         raise ProtocolError(f"frame {frame.number} begins no message")
     if not Kind.HELLO <= said.kind <= Kind.PARTIAL or said.action > 255:
         raise ProtocolError(f"there is no message kind {said.kind} with action {said.action}")
-    if len(said.text.encode()) > MAX_BYTES // 2:
+    if len(said.text.encode()) > MAX_TEXT_BYTES:
         raise ProtocolError(f"a message's text of {len(said.text):,} characters is too long")
     return Message(*(getattr(said, name) for name in Message._fields))
 

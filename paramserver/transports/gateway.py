@@ -5,6 +5,9 @@ checked here, put where the shard sees it, and told to it as a local worker woul
 over the network is parsed where no parameters are, and the shards know one kind of client.
 
     client --- one stream a shard ---> gateway --- Unix socket, shared memory ---> shard 0, 1, …
+
+Shards on several nodes have a gateway on each. That of shard 0 gives places to guests, reads
+snapshots, and has the leader's way to the shards elsewhere (`paramserver.transports.tunnel`).
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ import torch
 
 from paramserver.client import Client
 from paramserver.compression import Agreed
-from paramserver.errors import ParamServerError, ResourceError
+from paramserver.errors import ParamServerError, ProtocolError, ResourceError
 from paramserver.messages import Kind, Message
-from paramserver.transports import schema
+from paramserver.transports import Connection, schema
 from paramserver.transports.admission import Places, Rate, check, refuse
-from paramserver.transports.conversations import Conversations
+from paramserver.transports.calls import serves
+from paramserver.transports.conversations import Conversations, shard_of
 from paramserver.transports.frames import write_message
+from paramserver.transports.grpc_connection import GrpcConnection
 from paramserver.transports.link import Link
 from paramserver.transports.remote import (
     SERVER_OPTIONS,
@@ -38,6 +43,7 @@ from paramserver.transports.remote import (
 )
 from paramserver.transports.sessions import Session
 from paramserver.transports.shared_memory import SharedMemoryConnection
+from paramserver.transports.tunnel import Far, Tunnel, check_lead, led
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +51,7 @@ _SNAPSHOT_READER: Final = -(10**6)
 """The reader that snapshots are read as; below all others."""
 
 _CLOSE_S: Final = 2.0
+_HEALTH_S: Final = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +61,9 @@ class GatewayConfig:
     listen: str
     """``host:port``, where port 0 takes a free one; ``unix:path`` or ``unix-abstract:name``."""
 
-    shards: tuple[str, ...]
-    """Addresses of the shards on this node; the first leads."""
+    shards: tuple[str | Far | None, ...]
+    """Where each is: its address on this node, or, at the leader's gateway, another node; None if
+    it is of no concern here. The first leads."""
 
     cuts: tuple[range, ...]
     """Their ranges."""
@@ -66,6 +74,9 @@ class GatewayConfig:
 
     fingerprint: str
     """The layout's."""
+
+    secret: str = ""
+    """Of those who may lead shards from another node; empty if there are none."""
 
     layout: str = "{}"
     """The layout as JSON, for clients that have no other way to know it."""
@@ -146,6 +157,7 @@ class Gateway:
         self._snapshots: Client | None = None
         self._snapshot_lock = threading.Lock()  # of the reader above
         self._server: grpc.Server | None = None
+        self._tunnels: list[Tunnel] = []
 
     def start(self) -> str:
         """Listen; return the address, with the port that was taken.
@@ -159,6 +171,7 @@ class Gateway:
                 self._guarded(self._register), schema.RegisterRequest.FromString, _encoded
             ),
             "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+            "Lead": grpc.stream_stream_rpc_method_handler(self._lead),
             "Snapshot": grpc.unary_stream_rpc_method_handler(
                 self._snapshot, schema.SnapshotRequest.FromString
             ),
@@ -169,7 +182,7 @@ class Gateway:
                 self._guarded(self._health), schema.HealthRequest.FromString, _encoded
             ),
         }
-        room = c.num_clients + 8  # a call that is one too many is told so
+        room = c.num_clients + len(c.shards) + 8  # a call that is one too many is told so
         server = grpc.server(
             ThreadPoolExecutor(room, thread_name_prefix="gateway"),
             handlers=[grpc.method_handlers_generic_handler(schema.SERVICE, handlers)],
@@ -195,10 +208,17 @@ class Gateway:
         server.start()
         self._server = server
         self._conversations.start()
+        self._tunnels = [
+            Tunnel(far, shard, c.secret)
+            for shard, far in enumerate(c.shards)
+            if isinstance(far, Far)
+        ]
         return self.address
 
     def close(self) -> None:
         """End every conversation. Twice is harmless."""
+        for tunnel in self._tunnels:
+            tunnel.close()
         if self._server is not None:
             self._server.stop(0).wait(_CLOSE_S)
         self._conversations.close()
@@ -210,11 +230,10 @@ class Gateway:
         with self._lock:
             return {**self._counted, "clients": len(self._conversations)}
 
-    def came(self) -> dict[str, int]:
-        """Return how many pushed through here so far: the run's own workers, and guests."""
+    def came(self) -> set[int]:
+        """Return who pushed through here so far: the run's own workers, and guests."""
         with self._lock:
-            guests = sum(worker >= self.config.first_guest for worker in self._came)
-            return {"workers": len(self._came) - guests, "guests": guests}
+            return set(self._came)
 
     def _admit(self, context: grpc.ServicerContext) -> dict[str, str | bytes]:
         """Return a call's metadata if it may be made, or end it."""
@@ -242,6 +261,7 @@ class Gateway:
 
     def _register(self, request: Any) -> Any:
         c = self.config
+        self._check_leads()
         with self._lock:
             worker = (self._readers if request.reads else self._workers).take()
             self._incarnation += 1
@@ -252,23 +272,42 @@ class Gateway:
                 cuts=[cut.stop for cut in c.cuts],
                 slot_rows=c.slot_rows,
                 wait_s=c.wait_s,
+                gateways=[s.remote.address if isinstance(s, Far) else "" for s in c.shards],
             )
+
+    def _check_leads(self) -> None:
+        if self.config.shards[0] is None:
+            raise ProtocolError("this is not the gateway that the run is joined at: shard 0's is")
 
     def _stats(self, request: Any) -> Any:
         return schema.StatsReply(num_clients=self.config.num_clients, **self.counted())
 
     def _health(self, request: Any) -> Any:
         try:
-            for address in self.config.shards:
-                Link.connect(address).close()
-        except OSError:
+            for shard in self.config.shards:
+                if isinstance(shard, str):
+                    Link.connect(shard).close()
+                elif shard is not None and not serves(shard.remote, timeout_s=_HEALTH_S):
+                    return schema.HealthReply(serves=False)
+        except (OSError, ParamServerError):
             return schema.HealthReply(serves=False)
         return schema.HealthReply(serves=True)
+
+    def _lead(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        metadata = self._admit(context)
+        try:
+            check_lead(metadata, self.config.secret)
+            shard = shard_of(metadata, len(self.config.shards))
+            yield from led(self._here(shard), shard, frames, context)
+        except ParamServerError as error:
+            self._count(refused=1)
+            refuse(context, error)
 
     def _snapshot(self, request: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
         self._admit(context)
         with self._snapshot_lock:  # one at a time: its lease is on one version
             try:
+                self._check_leads()
                 reading = self._reader().read()
             except ParamServerError as error:
                 self._count(refused=1)
@@ -284,7 +323,7 @@ class Gateway:
         if self._snapshots is None:
             hello = Message(Kind.HELLO, worker=_SNAPSHOT_READER, incarnation=1)
             shards = range(len(self.config.shards))
-            connections = [self._connect(shard, hello) for shard in reversed(shards)]
+            connections = [self._reach(shard, hello) for shard in reversed(shards)]
             self._snapshots = Client(
                 connections[::-1], worker=hello.worker, incarnation=1, wait_s=self.config.timeout_s
             )
@@ -329,13 +368,35 @@ class Gateway:
         else:  # the client says no more, and has not said that it leaves
             session.detach(stream)
 
+    def _reach(self, shard: int, hello: Message) -> Connection:
+        """Connect to a shard wherever it is."""
+        c, far = self.config, self.config.shards[shard]
+        if not isinstance(far, Far):
+            return self._connect(shard, hello)
+        return GrpcConnection(
+            far.remote,
+            shard,
+            len(c.cuts[shard]),
+            hello._replace(text=c.fingerprint),
+            dtype=c.dtype,
+            slot_rows=c.slot_rows,
+            timeout_s=c.timeout_s,
+        )
+
+    def _here(self, shard: int) -> str:
+        """Return the address of a shard on this node; ProtocolError if it is elsewhere."""
+        address = self.config.shards[shard]
+        if not isinstance(address, str):
+            raise ProtocolError(f"shard {shard} is behind another gateway")
+        return address
+
     def _connect(
         self, shard: int, hello: Message, fingerprint: str | None = None
     ) -> SharedMemoryConnection:
         c = self.config
         model = c.fingerprint if fingerprint is None else fingerprint
         return SharedMemoryConnection(
-            c.shards[shard],
+            self._here(shard),
             shard,
             len(c.cuts[shard]),
             hello._replace(text=f"{c.token} {model}"),

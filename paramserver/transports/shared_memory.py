@@ -115,7 +115,8 @@ class Host:
         """Connect as leader to the follower at ``address``.
 
         Raises:
-            ServerLostError: Nobody is there, or it refused.
+            ServerLostError: Nobody is there.
+            ParamServerError: It refused, and why.
         """
         try:
             link = Link.connect(address)
@@ -127,7 +128,7 @@ class Host:
         for fd in fds:  # the follower's memory is no business of the leader's
             os.close(fd)
         if answer.kind != Kind.WELCOME:
-            raise ServerLostError(-1, f"the follower at {address} refused: {answer.text}")
+            raise_refusal(answer)
         return link
 
     def serve(self, server: Server) -> None:

@@ -135,27 +135,25 @@ def test_a_run_over_hosts_does_not_start_in_clear_text_unless_told_to(tour: Tour
     assert "a run over the cluster's 3 nodes can be reached from other machines" in error
 
 
-def test_shards_on_one_host_and_workers_on_others_learn_as_much_as_at_home(tour: Tour) -> None:
-    authority = Authority(tour.head.home / "certificates", "ca", tour.head.address)
+@pytest.fixture(scope="module")
+def tls(tour: Tour) -> str:
+    """Return the flags of a certificate that names every host."""
+    addresses = tuple(host.address for host in tour.everywhere)
+    authority = Authority(tour.head.home / "certificates", "ca", addresses)
     authority.identity("run")
-    tls = " ".join(
+    return " ".join(
         f"--tls-{name} certificates/{file}"
         for name, file in (("certificate", "run.pem"), ("key", "run.key"), ("ca", "ca.pem"))
     )
+
+
+def test_shards_on_one_host_and_workers_on_others_learn_as_much_as_at_home(
+    tour: Tour, tls: str
+) -> None:
     at_home = "--mode async --workers 4 --epochs 25"
     tour.type(f"python -m deploy train {at_home} --out ~/runs/home-async")
-    seen: set[tuple[str, str]] = set()
+    seen = _watched(tour, f"{APART} --epochs 25 {tls} --out runs/apart")
 
-    log = tour.laptop.folder / "apart.log"
-    process = tour.laptop.begin(
-        f"cd project && {SUBMIT} {APART} --epochs 25 {tls} --out runs/apart", log, **TOKEN
-    )
-    while process.poll() is None:
-        seen |= {(host.name, kind) for host in tour.everywhere for kind in _kinds(host)}
-        time.sleep(0.2)
-
-    assert process.returncode == 0, log.read_text()
-    tour.said += [f"laptop$ {SUBMIT} {APART} --epochs 25 {tls}", *log.read_text().splitlines(), ""]
     home, there = tour.result(tour.laptop, "runs/home-async"), tour.result(tour.head, "runs/apart")
     assert there["final"]["accuracy"] == pytest.approx(home["final"]["accuracy"], abs=0.015)
     assert there["final"]["accuracy"] > 0.96
@@ -165,6 +163,47 @@ def test_shards_on_one_host_and_workers_on_others_learn_as_much_as_at_home(tour:
     shards = {("host1", kind) for kind in ("ShardServer", "GatewayServer", "Evaluator")}
     assert seen >= shards | {("host2", "Worker"), ("host3", "Worker")}
     assert not seen & {("host1", "Worker"), ("host2", "ShardServer"), ("host3", "ShardServer")}
+
+
+def test_shards_on_every_host_learn_as_much_as_at_home(tour: Tour, tls: str) -> None:
+    seen = _watched(
+        tour, f"--mode async --workers 4 --shards 3 --epochs 25 {tls} --out runs/everywhere"
+    )
+
+    home = tour.result(tour.laptop, "runs/home-async")
+    there = tour.result(tour.head, "runs/everywhere")
+    assert there["final"]["accuracy"] == pytest.approx(home["final"]["accuracy"], abs=0.015)
+    assert there["final"]["accuracy"] > 0.96
+    assert there["gateway"]["workers"] == 4
+    assert len(there["gateway"]["others"]) == 2
+    everywhere = {"ShardServer", "GatewayServer", "Worker"}
+    assert seen >= {(host.name, kind) for host in tour.everywhere for kind in everywhere}
+
+
+def test_the_loss_of_a_host_with_a_shard_ends_the_run_by_name_and_it_goes_on_from_there(
+    tour: Tour,
+) -> None:
+    """Its gateway's process stands for the host, which others still need."""
+    run = "--mode async --workers 4 --shards 3 --clear-text --checkpoint-every-s 2"
+    log = tour.laptop.folder / "lost.log"
+    command = f"{SUBMIT} {run} --updates 1000000 --out runs/lost"
+    process = tour.laptop.begin(f"cd project && {command}", log, **TOKEN)
+    tour.until(lambda: _checkpoint(tour, "lost").exists(), "a checkpoint")
+    leading = tour.head.pids("^ray::GatewayServer")
+    (host, *_) = [h for h in tour.others if h.pids("^ray::GatewayServer")]
+
+    host.run("pkill -KILL -f '^ray::GatewayServer'", check=True)
+
+    assert leading
+    assert process.wait(120) != 0
+    tour.said += [f"laptop$ {command}", *log.read_text().splitlines(), ""]
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("paramserver: ")]
+    assert "a gateway was lost, by which processes on other nodes reach the shards" in error
+    there = tour.result(tour.head, "runs/lost")
+    assert there["stopped_because"].startswith("error: a gateway was lost")
+    assert not any(host.pids("^ray::(Worker|ShardServer|Gateway)") for host in tour.everywhere)
+    tour.type(f"{SUBMIT} {run} --updates {there['updates'] + 200} --resume runs/lost")
+    assert tour.result(tour.head, "runs/lost")["updates"] == there["updates"] + 200
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +272,19 @@ def _updates(metrics: Path) -> int:
     """Return how many updates the last line of a run's metrics tells of."""
     lines = metrics.read_text().splitlines()
     return max((json.loads(line).get("updates", 0) for line in lines[-5:]), default=0)
+
+
+def _watched(tour: Tour, flags: str) -> set[tuple[str, str]]:
+    """Submit a run and wait for its end; return which kinds of its processes were where."""
+    seen: set[tuple[str, str]] = set()
+    log = tour.laptop.folder / "watched.log"
+    process = tour.laptop.begin(f"cd project && {SUBMIT} {flags}", log, **TOKEN)
+    while process.poll() is None:
+        seen |= {(host.name, kind) for host in tour.everywhere for kind in _kinds(host)}
+        time.sleep(0.2)
+    tour.said += [f"laptop$ {SUBMIT} {flags}", *log.read_text().splitlines(), ""]
+    assert process.returncode == 0, log.read_text()
+    return seen
 
 
 def _kinds(host: Host) -> set[str]:

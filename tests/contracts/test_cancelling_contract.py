@@ -15,23 +15,25 @@ from paramserver.client import Client, Ended, Reading
 from paramserver.errors import ServerLostError
 from paramserver.ledger import Move
 from paramserver.recount import recount
-from tests.support.clusters import Cluster, GrpcCluster, MemoryCluster, SharedMemoryCluster
+from tests.support.clusters import (
+    CLUSTERS,
+    Cluster,
+    GrpcCluster,
+    MemoryCluster,
+    SharedMemoryCluster,
+)
 
 NUMEL = 320
 Start = Callable[..., Cluster]
 
 
-@pytest.fixture(params=[MemoryCluster, SharedMemoryCluster, GrpcCluster])
-def transport(request: pytest.FixtureRequest) -> type[Cluster]:
-    kind: type[Cluster] = request.param
-    return kind
+@pytest.fixture(params=CLUSTERS)
+def start(request: pytest.FixtureRequest) -> Start:
+    kind, shards = CLUSTERS[request.param]
 
-
-@pytest.fixture(params=[1, 3], ids=["1 shard", "3 shards"])
-def start(transport: type[Cluster], request: pytest.FixtureRequest) -> Start:
     def make(limit: int, **settings: Any) -> Cluster:
         rule = Ringmaster(limit=limit, cancel=True).build(2)
-        return transport(torch.zeros(NUMEL), shards=request.param, rule=rule, **settings)
+        return kind(torch.zeros(NUMEL), shards=shards, rule=rule, **settings)
 
     return make
 
@@ -122,8 +124,9 @@ def test_the_ledger_tells_who_was_cancelled_and_when(start: Start) -> None:
         assert (cancelled["row"], cancelled["worker"], cancelled["incarnation"]) == (1, 3, 1)
 
 
-def test_a_lost_shard_is_noticed_when_looking(transport: type[Cluster]) -> None:
-    with transport(torch.zeros(NUMEL), rule=Ringmaster(limit=1, cancel=True).build(1)) as cluster:
+@pytest.mark.parametrize("kind", [MemoryCluster, SharedMemoryCluster, GrpcCluster])
+def test_a_lost_shard_is_noticed_when_looking(kind: type[Cluster]) -> None:
+    with kind(torch.zeros(NUMEL), rule=Ringmaster(limit=1, cancel=True).build(1)) as cluster:
         client = cluster.join(0)
         client.first_read()
 

@@ -20,7 +20,13 @@ from async_sgd.rules import Pieces
 from paramserver.client import Client, Ended
 from paramserver.errors import CurvatureError
 from paramserver.rounds import Answer, Ask, Round, RoundProgram, Sample, Step, dots, minimise
-from tests.support.clusters import Cluster, GrpcCluster, MemoryCluster, SharedMemoryCluster
+from tests.support.clusters import (
+    Cluster,
+    GrpcCluster,
+    MemoryCluster,
+    SharedMemoryCluster,
+    SpreadCluster,
+)
 from workers.pieces import answer
 from workers.samples import Piece, indices
 
@@ -144,7 +150,7 @@ def test_one_worker_in_one_process_ends_where_the_program_alone_does(shards: int
         assert set(run.column("staleness")) == {0}
 
 
-@pytest.mark.parametrize("make", [SharedMemoryCluster, GrpcCluster])
+@pytest.mark.parametrize("make", [SharedMemoryCluster, GrpcCluster, SpreadCluster])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_two_workers_end_where_the_program_alone_does(make: type[Cluster], shards: int) -> None:
     with cluster(make, shards) as run:
@@ -156,7 +162,7 @@ def test_two_workers_end_where_the_program_alone_does(make: type[Cluster], shard
         assert run.sequencer.samples == EXAMPLES * ROUNDS
 
 
-@pytest.mark.parametrize("make", [SharedMemoryCluster, GrpcCluster])
+@pytest.mark.parametrize("make", [SharedMemoryCluster, GrpcCluster, SpreadCluster])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_worker_that_stops_answering_is_copied_and_changes_nothing(
     make: type[Cluster], shards: int

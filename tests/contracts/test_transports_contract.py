@@ -1,4 +1,4 @@
-"""What any transport does, with one shard and with several; a new one is a line in `TRANSPORTS`."""
+"""What any transport does, with one shard and with several; a new one is a line in `CLUSTERS`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from paramserver.optimizers import OPTIMIZERS, Optimizer
 from paramserver.progress import Budget
 from paramserver.recount import recount
 from tests.support.clusters import (
+    CLUSTERS,
     FINGERPRINT,
     TOKEN,
     Cluster,
@@ -36,11 +38,6 @@ from tests.support.clusters import (
     SharedMemoryCluster,
 )
 
-TRANSPORTS = {
-    "memory": MemoryCluster,
-    "shared_memory": SharedMemoryCluster,
-    "grpc": GrpcCluster,
-}
 RULES = (
     *("sgd", "momentum", "nesterov", "adagrad", "adadelta", "adam", "adamw", "rmsprop"),
     *("local-momentum", "dana-slim", "delayed-nesterov:every=2"),
@@ -49,17 +46,10 @@ NUMEL = 320  # five blocks: shards of unequal size
 Start = Callable[..., Cluster]
 
 
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> type[Cluster]:
-    return TRANSPORTS[request.param]
-
-
-@pytest.fixture(params=[1, 3], ids=["1 shard", "3 shards"])
-def start(transport: type[Cluster], request: pytest.FixtureRequest) -> Start:
-    def make(params: Tensor, **settings: Any) -> Cluster:
-        return transport(params, shards=request.param, **settings)
-
-    return make
+@pytest.fixture(params=CLUSTERS)
+def start(request: pytest.FixtureRequest) -> Start:
+    kind, shards = CLUSTERS[request.param]
+    return partial(kind, shards=shards)
 
 
 def vector(seed: int) -> Tensor:
@@ -258,10 +248,11 @@ def test_a_replaced_worker_cannot_push_and_its_end_harms_nobody(start: Start) ->
         ({"kind": Kind.READ}, "a worker reads by pushing"),
     ],
 )
+@pytest.mark.parametrize("kind", [MemoryCluster, SharedMemoryCluster, GrpcCluster])
 def test_a_push_that_breaks_the_contract_changes_nothing(
-    transport: type[Cluster], change: dict[str, Any], message: str
+    kind: type[Cluster], change: dict[str, Any], message: str
 ) -> None:
-    with transport(vector(0)) as cluster:
+    with kind(vector(0)) as cluster:
         connection, _ = cluster.connect(0, worker=0, incarnation=1)
         assert connection.receive(1.0).kind == Kind.GRANT
         good = Message(Kind.PUSH, worker=0, incarnation=1, seq=1, clock=1)

@@ -19,11 +19,11 @@ _NOW = datetime.datetime.now(datetime.UTC)
 
 @dataclass(frozen=True)
 class Authority:
-    """Signs certificates for ``address``, this machine's loopback unless given."""
+    """Signs certificates for ``addresses``, this machine's loopback unless given."""
 
     folder: Path
     name: str
-    address: str = "127.0.0.1"
+    addresses: tuple[str, ...] = ("127.0.0.1",)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ class Authority:
         self, name: str, key: ec.EllipticCurvePrivateKey, *, is_ca: bool, days: int = 1
     ) -> x509.Certificate:
         own: ec.EllipticCurvePrivateKey = self._key  # type: ignore[attr-defined]
-        subject = x509.IPAddress(ipaddress.ip_address(self.address))
+        subjects = [x509.IPAddress(ipaddress.ip_address(each)) for each in self.addresses]
         return (
             x509.CertificateBuilder()
             .subject_name(_named(name))
@@ -56,7 +56,7 @@ class Authority:
             .not_valid_before(_NOW - datetime.timedelta(days=3))
             .not_valid_after(_NOW + datetime.timedelta(days=days))
             .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([subject]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(subjects), critical=False)
             .sign(own, hashes.SHA256())
         )
 

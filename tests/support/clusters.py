@@ -32,6 +32,7 @@ from paramserver.transports.grpc_connection import GrpcConnection
 from paramserver.transports.link import Link
 from paramserver.transports.remote import Remote
 from paramserver.transports.shared_memory import raise_refusal
+from paramserver.transports.tunnel import Far
 
 TOKEN, FINGERPRINT = "a token", "0123456789abcdef"
 _names = itertools.count()
@@ -292,11 +293,23 @@ class SharedMemoryCluster(Cluster):
         links: list[Link] = []
         for follower, host in zip(self._serve(self.hosts, links), self.hosts[1:], strict=True):
             host.serve(follower)
+        try:
+            self._open()
+        except BaseException:
+            SharedMemoryCluster.close(self)
+            raise
         hello = Message(Kind.LEAD, text=f"{TOKEN} {FINGERPRINT}")
-        links += [self.hosts[0].lead(address, hello, 5.0) for address in self.addresses[1:]]
+        links += [self.hosts[0].lead(address, hello, 5.0) for address in self._ways()]
         self._serve(self.hosts, links)
         self._begin()
         self.hosts[0].serve(self.leader)
+
+    def _open(self) -> None:
+        """Start what others come in by."""
+
+    def _ways(self) -> list[str]:
+        """Return where the leader finds the followers."""
+        return self.addresses[1:]
 
     def connect(
         self, shard: int, worker: int, incarnation: int, text: str = f"{TOKEN} {FINGERPRINT}"
@@ -344,17 +357,19 @@ class GrpcCluster(SharedMemoryCluster):
     settings: Mapping[str, Any] = {}
     """What the gateway is told beside where the shards are."""
 
-    def _start(self) -> None:
-        super()._start()
+    def _open(self) -> None:
         self._dialled: list[GrpcConnection] = []
+        self.gateway = self._gateway(self.addresses, **self.settings)
+
+    def _gateway(self, shards: Sequence[str | Far | None], number: int = 0, **more: Any) -> Gateway:
         common: dict[str, Any] = {
-            "listen": f"unix-abstract:{self.addresses[0]}/gateway",
+            "listen": f"unix-abstract:{self.addresses[number]}/gateway",
             "timeout_s": 5.0,
-            **self.settings,
+            **more,
         }
-        self.gateway = Gateway(
+        gateway = Gateway(
             GatewayConfig(
-                shards=tuple(self.addresses),
+                shards=tuple(shards),
                 cuts=self.cuts,
                 dtype=self.dtype,
                 token=TOKEN,
@@ -363,7 +378,13 @@ class GrpcCluster(SharedMemoryCluster):
                 **common,
             )
         )
-        self.gateway.start()
+        gateway.start()
+        return gateway
+
+    @property
+    def gateways(self) -> list[Gateway]:
+        """Those that the shards are behind, in order."""
+        return [self.gateway] * len(self.shards)
 
     def connect(
         self, shard: int, worker: int, incarnation: int, text: str = f"{TOKEN} {FINGERPRINT}"
@@ -387,7 +408,7 @@ class GrpcCluster(SharedMemoryCluster):
 
         The client ``compresses`` if the run does.
         """
-        remote = Remote(**{"address": self.gateway.address, "token": token, **of})
+        remote = Remote(**{"address": self.gateways[shard].address, "token": token, **of})
         connection = GrpcConnection(
             remote,
             shard,
@@ -405,7 +426,8 @@ class GrpcCluster(SharedMemoryCluster):
         """Wait until the gateway has told the shards what it was sent, then ask each of them."""
         deadline = time.monotonic() + 1.0  # what was refused is not taken
         while time.monotonic() < deadline:
-            if self.gateway.counted()["messages"] >= sum(c.num_sent for c in self._dialled):
+            taken = sum(gateway.counted()["messages"] for gateway in set(self.gateways))
+            if taken >= sum(c.num_sent for c in self._dialled):
                 break
             time.sleep(0.001)
         for shard in range(len(self.shards)):
@@ -413,5 +435,55 @@ class GrpcCluster(SharedMemoryCluster):
                 SharedMemoryCluster.connect(self, shard, -99, 0, text="not a token")
 
     def close(self) -> None:
-        self.gateway.close()
+        for gateway in self.gateways:
+            gateway.close()
         super().close()
+
+
+class SpreadCluster(GrpcCluster):
+    """Over gRPC, each shard behind a gateway of its own, as on nodes of their own."""
+
+    def _open(self) -> None:
+        self._dialled = []
+        secret, count = "the gateways'", len(self.addresses)
+        self._others: list[Gateway] = []
+        shards: list[str | Far | None] = [self.addresses[0]]
+        for number in range(1, count):
+            own = [address if i == number else None for i, address in enumerate(self.addresses)]
+            self._others.append(self._gateway(own, number, secret=secret, **self.settings))
+            remote = Remote(address=self._way_to(self._others[-1]), token=TOKEN)
+            shards.append(Far(address=f"{self.addresses[number]}/far", remote=remote))
+        self.gateway = self._gateway(shards, secret=secret, **self.settings)
+
+    def _way_to(self, gateway: Gateway) -> str:
+        """Return where the leader's gateway reaches another one."""
+        return gateway.address
+
+    def _ways(self) -> list[str]:
+        return [f"{address}/far" for address in self.addresses[1:]]
+
+    @property
+    def gateways(self) -> list[Gateway]:
+        """Those that the shards are behind, in order."""
+        return [self.gateway, *self._others]
+
+    def settle(self) -> None:
+        """Wait, too, until the leader's orders have come to all shards."""
+        super().settle()
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            if len({shard.version for shard in self.shards}) == 1:
+                break
+            time.sleep(0.001)
+
+
+CLUSTERS: Mapping[str, tuple[type[Cluster], int]] = {
+    "memory, 1 shard": (MemoryCluster, 1),
+    "memory, 3 shards": (MemoryCluster, 3),
+    "shared memory, 1 shard": (SharedMemoryCluster, 1),
+    "shared memory, 3 shards": (SharedMemoryCluster, 3),
+    "grpc, 1 shard": (GrpcCluster, 1),
+    "grpc, 3 shards": (GrpcCluster, 3),
+    "grpc, 3 shards on as many nodes": (SpreadCluster, 3),
+}
+"""What the contracts are held by: each kind, and how many shards it has."""

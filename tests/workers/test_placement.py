@@ -94,6 +94,7 @@ def test_needs_are_read_from_flags() -> None:
     ("values", "message"),
     [
         ({"placement": "scatter"}, "^placement must be 'spread' or 'pack', got 'scatter'$"),
+        ({"server_placement": "one"}, "^server_placement must be 'spread' or 'pack', got 'one'$"),
         ({"worker_cpus": -1}, "^worker_cpus must be 0 or more, got -1$"),
         ({"server_cpus": float("nan")}, "^server_cpus must be 0 or more, got nan$"),
         ({"resources_timeout_s": 0}, "^resources_timeout_s must be above 0 s, got 0$"),
@@ -110,7 +111,13 @@ def test_what_cannot_be_asked_is_refused(values: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(
-    "values", [{"worker_cpus": 2}, {"placement": "pack"}, {"server_labels": "role=server"}]
+    "values",
+    [
+        {"worker_cpus": 2},
+        {"placement": "pack"},
+        {"server_placement": "pack"},
+        {"server_labels": "role=server"},
+    ],
 )
 def test_at_home_there_is_nothing_to_ask(values: dict[str, Any]) -> None:
     (name,) = values

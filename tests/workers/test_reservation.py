@@ -10,7 +10,7 @@ import pytest
 from paramserver.errors import ResourceError
 from workers import reservation
 from workers.placement import Placement
-from workers.reservation import Places, Share
+from workers.reservation import Places
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     return fake
 
 
-def taken(ray: FakeRay, share: Share, **placement: Any) -> Places:
+def taken(ray: FakeRay, *, one_node: bool = False, **placement: Any) -> Places:
     config = Placement(address="head:6379", **placement)
-    places = Places(config, workers=3, servers=2, share=share)
+    places = Places(config, workers=3, servers=2, one_node=one_node)
     places.take()
     return places
 
@@ -85,15 +85,13 @@ BYTE, CPU = {"memory": 1.0}, {"CPU": 1.0}
 
 
 def test_those_who_share_all_memory_are_one_group_on_one_node(ray: FakeRay) -> None:
-    taken(ray, "all", placement="pack")
+    taken(ray, one_node=True, placement="pack")
 
     assert ray.groups == [Group([BYTE, BYTE, CPU, CPU, CPU], "STRICT_PACK", None)]
 
 
-def test_shards_that_share_memory_are_on_one_node_and_workers_where_they_are_to_be(
-    ray: FakeRay,
-) -> None:
-    taken(ray, "servers", placement="pack")
+def test_shards_are_on_one_node_if_they_are_to_be_and_workers_on_few(ray: FakeRay) -> None:
+    taken(ray, server_placement="pack", placement="pack")
 
     assert ray.groups == [
         Group([BYTE, BYTE], "STRICT_PACK", None),
@@ -101,8 +99,8 @@ def test_shards_that_share_memory_are_on_one_node_and_workers_where_they_are_to_
     ]
 
 
-def test_those_who_share_nothing_are_spread(ray: FakeRay) -> None:
-    taken(ray, "nothing")
+def test_shards_and_workers_are_spread(ray: FakeRay) -> None:
+    taken(ray)
 
     assert ray.groups == [
         Group([BYTE, BYTE], "SPREAD", None),
@@ -113,25 +111,25 @@ def test_those_who_share_nothing_are_spread(ray: FakeRay) -> None:
 def test_each_process_asks_for_its_own_labels_and_resources(ray: FakeRay) -> None:
     labels = {"server_labels": "role=server", "worker_labels": "role=worker"}
 
-    taken(ray, "all", server_cpus=0.5, worker_resources="ssd=2", **labels)
+    taken(ray, one_node=True, server_cpus=0.5, worker_resources="ssd=2", **labels)
 
     (group,) = ray.groups
     assert group.bundles == [{"CPU": 0.5}] * 2 + [{"CPU": 1.0, "ssd": 2.0}] * 3
     assert group.labels == [{"role": "server"}] * 2 + [{"role": "worker"}] * 3
 
 
-@pytest.mark.parametrize(("share", "workers"), [("all", (0, 3)), ("servers", (1, 1))])
+@pytest.mark.parametrize(("one_node", "workers"), [(True, (0, 3)), (False, (1, 1))])
 def test_every_process_has_a_bundle_of_its_own(
-    ray: FakeRay, share: Share, workers: tuple[int, int]
+    ray: FakeRay, one_node: bool, workers: tuple[int, int]
 ) -> None:
-    places = taken(ray, share, worker_resources="ssd=2")
+    places = taken(ray, one_node=one_node, worker_resources="ssd=2")
 
     second = places.worker(1)
 
     assert (second["num_cpus"], second["num_gpus"], second["resources"]) == (1.0, 0, {"ssd": 2.0})
     assert place(second) == (ray.groups[workers[0]], workers[1])
     assert place(places.server(1)) == (ray.groups[0], 1)
-    assert place(places.beside_first()) == (ray.groups[0], 0)
+    assert place(places.beside(1)) == (ray.groups[0], 1)
 
 
 def test_places_that_are_not_there_in_time_are_given_back_and_told(ray: FakeRay) -> None:
@@ -140,16 +138,16 @@ def test_places_that_are_not_there_in_time_are_given_back_and_told(ray: FakeRay)
     with pytest.raises(
         ResourceError, match=r"^waited 0\.01 s for 2 of 3 workers: each needs 1 CPU"
     ):
-        taken(ray, "servers", resources_timeout_s=0.01)
+        taken(ray, resources_timeout_s=0.01)
 
     assert ray.groups == []
 
 
-@pytest.mark.parametrize("share", ["all", "servers"])
+@pytest.mark.parametrize("one_node", [True, False])
 def test_those_whose_node_was_lost_are_counted_until_ray_has_found_another(
-    ray: FakeRay, share: Share
+    ray: FakeRay, one_node: bool
 ) -> None:
-    places = taken(ray, share, worker_cpus=2.0)
+    places = taken(ray, one_node=one_node, worker_cpus=2.0)
     ray.lost = (3, 4)
 
     lack = places.lack()
@@ -161,9 +159,9 @@ def test_those_whose_node_was_lost_are_counted_until_ray_has_found_another(
 
 
 def test_at_home_nothing_is_asked_for(ray: FakeRay) -> None:
-    places = Places(Placement(), workers=3, servers=2, share="all")
+    places = Places(Placement(), workers=3, servers=2, one_node=True)
 
     places.take()
 
     assert ray.groups == []
-    assert places.worker(0) == places.server(0) == places.beside_first() == {"num_cpus": 0}
+    assert places.worker(0) == places.server(0) == places.beside(0) == {"num_cpus": 0}
