@@ -196,6 +196,8 @@ class Door:
 
     def is_lost(self, timeout_s: float) -> bool:
         """Whether a gateway's process has ended by itself."""
+        if not self._actors:
+            return False
         try:
             ray.get([actor.summary.remote() for actor in self._actors], timeout=timeout_s)
         except ray.exceptions.RayActorError:
@@ -206,6 +208,8 @@ class Door:
         """Stop to listen. Twice is harmless."""
         if self._told is not None:
             self._told.unlink(missing_ok=True)
+        if not self._actors:
+            return
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get([actor.close.remote() for actor in self._actors], timeout=5)
         for actor in self._actors:
