@@ -57,6 +57,7 @@ def test_a_resumed_run_draws_as_one_that_never_stopped(tmp_path: Path) -> None:
     assert resumed.record["samples"] == whole.record["samples"]
 
 
+@pytest.mark.long
 def test_synchronous_ranks_draw_alike(tmp_path: Path) -> None:
     where = config(tmp_path / "run", 120, workers=2)
 

@@ -16,9 +16,8 @@ from workers.tasks import task
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120), pytest.mark.usefixtures("cluster")]
 
 
-@pytest.mark.parametrize(
-    "trainer", [pytest.param(AsyncTrainer, marks=pytest.mark.long), SyncTrainer]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("trainer", [AsyncTrainer, SyncTrainer])
 def test_several_losses_are_trained_with_a_part_frozen_and_another_slowed(
     tmp_path: Path, trainer: type[AsyncTrainer] | type[SyncTrainer]
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_guest_joins_over_mutual_tls_without_ray(tmp_path: Path) -> None:
     assert said == [f"1 {Layout.of(model).num_parameters} True False\n"]
 
 
+@pytest.mark.long
 def test_a_run_does_not_listen_to_others_in_clear_text_unless_told_to(tmp_path: Path) -> None:
     config = RunConfig(workers=1, updates=1, out=tmp_path / "run")
     trainer = AsyncTrainer(task("digits"), Adam(), config, reach=Reach(listen="10.0.0.7:0"))

@@ -60,6 +60,7 @@ def test_a_resumed_run_carries_no_state_over(tmp_path: Path) -> None:
     assert counted == len(columns["worker"]) - len(lives)
 
 
+@pytest.mark.long
 def test_ranks_carry_states_that_are_one_version_old(tmp_path: Path) -> None:
     config = RunConfig(workers=2, updates=30, evaluate_every_s=0, out=tmp_path / "run")
 

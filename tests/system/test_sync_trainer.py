@@ -193,12 +193,14 @@ def test_digits_reach_97_percent_and_that_ends_the_run(tmp_path: Path) -> None:
     assert record["failures"] == []
 
 
+@pytest.mark.long
 def test_the_net_is_looked_at(tmp_path: Path) -> None:
     config = RunConfig(workers=2, updates=60, evaluate_every_s=0, out=tmp_path / "run")
 
     check_that_the_net_was_looked_at(SyncTrainer(saturated(), Momentum(lr=0.01), config).fit())
 
 
+@pytest.mark.long
 def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
     config = RunConfig(
         epochs=1e6, early_stopping=Patience(n=3), evaluate_every_s=0.2, out=tmp_path / "run"
@@ -297,6 +299,7 @@ def test_a_lost_evaluator_is_replaced(tmp_path: Path) -> None:
     assert result.metrics["loss"] < 1.0
 
 
+@pytest.mark.long
 def test_a_failing_loss_ends_the_run_and_leaves_its_record(tmp_path: Path) -> None:
     def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         raise KeyError("no such column")
