@@ -21,7 +21,7 @@ from paramserver.reach import Reach
 from workers.actor import Servers
 
 if TYPE_CHECKING:
-    from paramserver.transports.gateway import GatewayConfig
+    from paramserver.transports.gateway_config import GatewayConfig
     from paramserver.transports.remote import Identity
 
 logger = logging.getLogger(__name__)
@@ -84,14 +84,14 @@ class Door:
         config, self._first_guest = self._config(servers, num_workers, own), num_workers
         remotes: dict[str, Remote] = {}  # by machines
 
-        def listen(machine: str, listen: str, elsewhere: Mapping[str, Far]) -> None:
+        def listen(machine: str, at: str, elsewhere: Mapping[str, Far]) -> None:
             """Start the gateway of the shards on ``machine``."""
             shards = tuple(
                 address if place == machine else elsewhere.get(address)
                 for address, place in zip(servers.addresses, servers.machines, strict=True)
             )
             there = options(servers.machines.index(machine))
-            address = self._start(replace(config, listen=listen, shards=shards), there, timeout_s)
+            address = self._start(replace(config, listen=at, shards=shards), there, timeout_s)
             remotes[machine] = Remote(
                 address=address,
                 token=servers.token,
@@ -118,7 +118,7 @@ class Door:
         self, servers: Servers, num_workers: int, identity: Identity | None
     ) -> GatewayConfig:
         """Return what all gateways have in common."""
-        from paramserver.transports.gateway import GatewayConfig  # noqa: PLC0415
+        from paramserver.transports.gateway_config import GatewayConfig  # noqa: PLC0415
 
         return GatewayConfig(
             listen=self._listen(servers),

@@ -33,7 +33,8 @@ from paramserver.transports.link import machine
 from paramserver.transports.shared_memory import Host
 
 if TYPE_CHECKING:
-    from paramserver.transports.gateway import Gateway, GatewayConfig
+    from paramserver.transports.gateway import Gateway
+    from paramserver.transports.gateway_config import GatewayConfig
 
 
 OWN_ADDRESS = "own-node:0"

@@ -118,10 +118,7 @@ class Places:
         return _options(dict(self._servers.needs.resources), self._groups[0], index)
 
     def beside(self, index: int) -> dict[str, Any]:
-        """Return the options of an actor that asks for nothing, on the node of shard ``index``.
-
-        Without shards it is on the first worker's.
-        """
+        """Return the options of an actor that asks for nothing, on the node of shard ``index``."""
         if self._config.address is None:
             return {"num_cpus": 0}
         return _options({}, self._groups[0], index)

@@ -34,7 +34,8 @@ from paramserver.optimizers import SGD
 from paramserver.sequencer import Sequencer
 from paramserver.shard_config import ShardConfig
 from paramserver.transports.frames import as_bytes
-from paramserver.transports.gateway import Gateway, GatewayConfig
+from paramserver.transports.gateway import Gateway
+from paramserver.transports.gateway_config import GatewayConfig
 from paramserver.transports.grpc_connection import GrpcConnection
 from paramserver.transports.remote import Remote
 

@@ -30,7 +30,8 @@ from paramserver.layout import Layout
 from paramserver.sequencer import Sequencer
 from paramserver.shard_config import ShardConfig
 from paramserver.transports import grpc_connection
-from paramserver.transports.gateway import Gateway, GatewayConfig
+from paramserver.transports.gateway import Gateway
+from paramserver.transports.gateway_config import GatewayConfig
 from paramserver.transports.remote import Remote
 from workers.actor import Servers
 from workers.loop import train as train_worker

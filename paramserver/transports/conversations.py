@@ -82,7 +82,7 @@ class Conversations:
             _number(metadata, key) for key in ("worker", "incarnation", "received")
         )
         shard = shard_of(metadata, self._num_shards)
-        anew = _number({"paramserver-anew": "0", **metadata}, "anew")
+        anew = _number(metadata, "anew", default="0")
         place = _place(metadata)
         if not isinstance(name, bytes) or len(name) != 16:
             raise ProtocolError("a session's name has 16 bytes")
@@ -162,8 +162,8 @@ def shard_of(metadata: dict[str, str | bytes], num_shards: int) -> int:
     return shard
 
 
-def _number(metadata: dict[str, str | bytes], key: str) -> int:
-    text = metadata.get(f"paramserver-{key}", "")
+def _number(metadata: dict[str, str | bytes], key: str, default: str = "") -> int:
+    text = metadata.get(f"paramserver-{key}", default)
     try:
         number = int(str(text)[:24])
     except ValueError:

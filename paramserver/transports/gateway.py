@@ -17,14 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
-import torch
 
 from paramserver.client import Client
-from paramserver.compression import Agreed
 from paramserver.errors import ParamServerError, ProtocolError, ResourceError
 from paramserver.messages import Kind, Message
 from paramserver.transports import Connection, schema
@@ -32,12 +29,11 @@ from paramserver.transports.admission import Places, Rate, check, refuse
 from paramserver.transports.calls import serves
 from paramserver.transports.conversations import Conversations, shard_of
 from paramserver.transports.frames import write_message
+from paramserver.transports.gateway_config import GatewayConfig
 from paramserver.transports.grpc_connection import GrpcConnection
 from paramserver.transports.link import Link
 from paramserver.transports.remote import (
     SERVER_OPTIONS,
-    Identity,
-    check_clear_text,
     is_local,
     split_address,
 )
@@ -52,79 +48,6 @@ _SNAPSHOT_READER: Final = -(10**6)
 
 _CLOSE_S: Final = 2.0
 _HEALTH_S: Final = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatewayConfig:
-    """Where a gateway listens, to whom, and for which shards."""
-
-    listen: str
-    """``host:port``, where port 0 takes a free one; ``unix:path`` or ``unix-abstract:name``."""
-
-    shards: tuple[str | Far | None, ...]
-    """Where each is: its address on this node, or, at the leader's gateway, another node; None if
-    it is of no concern here. The first leads."""
-
-    cuts: tuple[range, ...]
-    """Their ranges."""
-
-    dtype: torch.dtype
-    token: str
-    """The run's secret."""
-
-    fingerprint: str
-    """The layout's."""
-
-    secret: str = ""
-    """Of those who may lead shards from another node; empty if there are none."""
-
-    layout: str = "{}"
-    """The layout as JSON, for clients that have no other way to know it."""
-
-    slot_rows: int = 1
-    """Rows of a gradient slot."""
-
-    agreed: Agreed | None = None
-    """How the run's own workers compress; None if they do not."""
-
-    wait_s: float = 120.0
-    """Seconds an answer may take, a rule's waiting included."""
-
-    timeout_s: float = 60.0
-    """Seconds a shard may take to answer a hello."""
-
-    identity: Identity | None = None
-    """None listens in clear text."""
-
-    clear_text: bool = False
-    """Whether clear text may leave this machine."""
-
-    first_guest: int = 0
-    """Number of the first worker that no trainer started."""
-
-    guests: int = 1
-    """Places for clients that no trainer started, to push and to read."""
-
-    num_clients: int = 64
-    """Conversations, one a client and shard, at most."""
-
-    calls_per_s: float = 100.0
-    """Calls with the token that are taken; more are refused."""
-
-    frames_per_s: float = 50_000.0
-    """Frames that are taken from one client; more wait."""
-
-    linger_s: float = 30.0
-    """Seconds a client whose stream broke keeps its place."""
-
-    def __post_init__(self) -> None:
-        if self.identity is None or self.identity.certificate is None:
-            check_clear_text(self.listen, self.clear_text)
-        if self.guests < 0:
-            raise ValueError(f"guests must be 0 or more, got {self.guests}")
-        for name in ("calls_per_s", "frames_per_s", "linger_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 class Gateway:

@@ -110,6 +110,18 @@ class Link:
             raise TimeoutError
 
 
+def listening(address: str, backlog: int) -> socket.socket:
+    """Return a socket that listens at ``address`` for `Link`s; OSError if it is taken."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(abstract(address))
+    except OSError:
+        listener.close()
+        raise
+    listener.listen(backlog)
+    return listener
+
+
 def is_of_this_user(sock: socket.socket) -> bool:
     """Whether the process at the other end of a Unix socket is of the same user as this one."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))

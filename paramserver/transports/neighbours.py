@@ -16,7 +16,6 @@ import hmac
 import os
 import secrets
 import select
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from paramserver.errors import ParamServerError, ProtocolError
 from paramserver.messages import Kind, Message
-from paramserver.transports.link import Link, abstract, is_of_this_user
+from paramserver.transports.link import Link, is_of_this_user, listening
 from paramserver.transports.pulls import Holder
 from paramserver.transports.segment import Segment
 
@@ -49,15 +48,11 @@ class Shelf:
         self._token = token
         self._segment = Segment.create("paramserver-pulls", rows, numel, dtype)
         self.buffers = self._segment.rows
-        self.num_asked = 0
-        """Questions that neighbours have asked, again or for the first time."""
         self._lock = threading.Lock()  # of the three below
         self._pulls: dict[int, tuple[int, ...]] = {}  # those that are whole, and their buffers
         self._last = 0
         self._moved_at = 0.0
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(abstract(self.name))
-        self._listener.listen(64)
+        self._listener = listening(self.name, 64)
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC)
         self._links: dict[int, Link] = {}
         self._known: set[Link] = set()  # those that have said the token
@@ -147,7 +142,6 @@ class Shelf:
             return _say(link, Message(Kind.WELCOME), [self._segment.fd])
         if message.kind != Kind.READ or link not in self._known:
             return False
-        self.num_asked += 1
         self._waiting[link] = message.seq
         return True
 

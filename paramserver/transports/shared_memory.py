@@ -35,7 +35,7 @@ from paramserver.errors import (
 )
 from paramserver.messages import Kind, Message, raise_failure
 from paramserver.transports import Server
-from paramserver.transports.link import SERVER_SPIN_S, Link, abstract, is_of_this_user
+from paramserver.transports.link import SERVER_SPIN_S, Link, is_of_this_user, listening
 from paramserver.transports.segment import Segment, check_memory
 
 logger = logging.getLogger(__name__)
@@ -67,13 +67,10 @@ class Host:
         # a snapshot and a gradient a reader
         check_memory((1 + slot_rows) * capacity * numel * dtype.itemsize)
         self._slot_numel, self._dtype = slot_rows * numel, dtype
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._listener.bind(abstract(address))
+            self._listener = listening(address, 128)
         except OSError as error:
-            self._listener.close()
             raise ResourceError(f"cannot listen at {address}: {error}") from error
-        self._listener.listen(128)
         self._snapshots = Segment.create("paramserver-snapshots", capacity, numel, dtype)
         self.buffers = self._snapshots.rows
         self._slots: dict[Hashable, Segment] = {}

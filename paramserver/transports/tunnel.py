@@ -26,7 +26,7 @@ from paramserver.errors import ParamServerError, ProtocolError, ServerLostError
 from paramserver.messages import failure
 from paramserver.transports import schema
 from paramserver.transports.frames import read_frame, read_message, write_message
-from paramserver.transports.link import Link, abstract, is_of_this_user
+from paramserver.transports.link import Link, is_of_this_user, listening
 from paramserver.transports.remote import Remote
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,7 @@ class Tunnel:
     def __init__(self, far: Far, shard: int, secret: str) -> None:
         """Listen for the leader; ``secret`` is what those who may lead know."""
         self._far, self._shard, self._secret = far, shard, secret
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(abstract(far.address))
-        self._listener.listen(1)
+        self._listener = listening(far.address, 1)
         self._link: Link | None = None
         self._is_closing = False
         self._channel = far.remote.channel()

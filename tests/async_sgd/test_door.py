@@ -15,7 +15,7 @@ from async_sgd.door import Door
 from paramserver.errors import ResourceError
 from paramserver.layout import Layout
 from paramserver.reach import Reach
-from paramserver.transports.gateway import GatewayConfig
+from paramserver.transports.gateway_config import GatewayConfig
 from paramserver.transports.remote import Remote
 from paramserver.transports.tunnel import Far
 from workers.actor import Servers

@@ -24,7 +24,7 @@ from paramserver.transports.gateway import Gateway
 from paramserver.transports.link import Link
 from paramserver.transports.remote import Remote
 from paramserver.transports.tunnel import Far, Tunnel
-from tests.support.clusters import FINGERPRINT, TOKEN, SpreadCluster
+from tests.support.clusters import FINGERPRINT, TOKEN, GrpcCluster, SpreadCluster
 from tests.support.wire import Wire
 
 NUMEL, SHARDS = 640, 3
@@ -173,10 +173,11 @@ def test_only_the_runs_own_leader_leads(cluster: SpreadCluster) -> None:
 
 
 def test_nobody_leads_where_all_shards_are_on_one_node() -> None:
-    with SpreadCluster(torch.zeros(NUMEL), shards=1) as cluster:
-        object.__setattr__(cluster.gateway.config, "secret", "")
-        with pytest.raises(grpc.RpcError, match="nobody leads here from another node"):
-            lead(cluster.gateway, leading(), shard="0", lead_bin=b"")
+    with (
+        GrpcCluster(torch.zeros(NUMEL)) as cluster,
+        pytest.raises(grpc.RpcError, match="nobody leads here from another node"),
+    ):
+        lead(cluster.gateway, leading(), shard="0", lead_bin=b"")
 
 
 def test_tensors_and_nonsense_end_the_way(cluster: SpreadCluster) -> None:

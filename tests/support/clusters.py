@@ -27,7 +27,8 @@ from paramserver.sequencer import Sequencer
 from paramserver.server import Follower, Leader
 from paramserver.shard import Shard
 from paramserver.transports import Connection, memory, shared_memory
-from paramserver.transports.gateway import Gateway, GatewayConfig
+from paramserver.transports.gateway import Gateway
+from paramserver.transports.gateway_config import GatewayConfig
 from paramserver.transports.grpc_connection import GrpcConnection
 from paramserver.transports.link import Link
 from paramserver.transports.remote import Remote
