@@ -117,15 +117,16 @@ def test_a_neighbour_that_leaves_is_done_without(cluster: GrpcCluster) -> None:
     clients = [cluster.join(worker) for worker in range(WORKERS)]
     for client in clients:
         client.first_read()
-    held = [shelf_of(client) for client in clients]
-    for shelf in held[:-1]:
-        shelf.close()
+    for client in clients:  # any may be the first to be sent the next version
+        shelf_of(client).close()
     before = sent(cluster)
 
     seen = step(clients, 1)
 
     assert all(torch.equal(each, seen[0]) for each in seen)
-    assert sent(cluster) - before > 1.4
+    # The leader's half to each of the three, the other shard's to one. Who asks anew says its push
+    # again, too, and may be sent the answer to that.
+    assert 2.0 <= sent(cluster) - before < 3.1
 
 
 def shelf_of(client: Client) -> Shelf:
