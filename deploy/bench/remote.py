@@ -31,7 +31,7 @@ SIZES = ((2**23, 5), (2**25, 3))
 """Floats, and repeats a round: 32 MiB and 128 MiB."""
 
 QUICK_SIZES = ((2**16, 2),)
-ROUNDS, QUICK_ROUNDS, SHAPED_ROUNDS = 7, 1, 2
+ROUNDS, QUICK_ROUNDS, SHAPED_ROUNDS = 7, 1, 5
 
 
 def run(report: Report, *, peers: bool, quick: bool, loopback: bool) -> None:
