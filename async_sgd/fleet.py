@@ -93,6 +93,7 @@ class Fleet:
         }
         self._ledger: Ledger | None = None  # as it was at the last checkpoint
         self._has_failed = False
+        self._is_whole = True  # no shard is known to be lost
         self._places = Places(
             self._config,
             servers=len(plan.cuts),
@@ -178,7 +179,7 @@ class Fleet:
             self._run.tell(status, self._plan.progress)
             self._vacancies.look(len(status["live"]), time.monotonic())
             if status["error"] is not None:
-                self._fail(status["error"])
+                self._fail(self._explained(status["error"]))
             if status["ended"] is not None and not self._drain():
                 break
         self._finish(str(self._status()["ended"] or "every worker left"))
@@ -274,21 +275,26 @@ class Fleet:
             return self._why_lost() or error
         return error
 
-    def _why_lost(self) -> BaseException | None:
-        """Ask the shards, and the gateway, what happened to the one that was lost."""
-        for index, shard in enumerate(self._shards):
+    def _why_lost(self) -> RunFailedError | None:
+        """Ask the shards, and the gateways, what happened to the one that was lost."""
+        asked = [shard.failure.remote() for shard in self._shards]
+        for index, ref in enumerate(asked):
             try:
-                failure = self._get([shard.failure.remote()], f"asking shard {index}")[0]
-            except RunFailedError as error:
-                return error
+                failure = ray.get(ref, timeout=self._config.call_timeout_s)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                self._is_whole = False
+                return self._lost_for_good(f"shard {index} was lost")
             if failure is not None:
                 return RunFailedError(f"shard {index} failed: {failure}")
         if self._door.is_lost(self._config.call_timeout_s):
-            return RunFailedError(
-                "a gateway was lost, by which processes on other nodes reach the shards; go on "
-                f"from the last checkpoint with resume={self._run.folder.path}"
+            return self._lost_for_good(
+                "a gateway was lost, by which processes on other nodes reach the shards"
             )
         return None
+
+    def _lost_for_good(self, what: str) -> RunFailedError:
+        folder = self._run.folder.path
+        return RunFailedError(f"{what}; go on from the last checkpoint with resume={folder}")
 
     def _status(self) -> dict[str, Any]:
         (self._last_status,) = self._get([self._shards[0].status.remote()], "asking shard 0")
@@ -372,8 +378,7 @@ class Fleet:
         for last_duty in (
             lambda: self._stop(reason),
             self._drain,
-            self._evaluate_last,
-            self._checkpoint,
+            *((self._evaluate_last, self._checkpoint) if self._is_whole else ()),
             self._status,  # pushes that came after the last look count, too
             summarise,
         ):
@@ -394,8 +399,4 @@ class Fleet:
         except ray.exceptions.RayTaskError as error:
             raise self._explained(error.cause) from None
         except ray.exceptions.RayActorError as error:
-            raise RunFailedError(
-                f"a server process was lost while {doing}; go on from the last checkpoint with "
-                f"resume={self._run.folder.path}",
-                str(self._run.folder.path),
-            ) from error
+            raise self._lost_for_good(f"a server process was lost while {doing}") from error

@@ -68,8 +68,8 @@ class Link:
             size = self.sock.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
-        except ConnectionError:
-            size = 0
+        except ConnectionResetError:  # told once, of an end that left something unread, and first:
+            return self.poll()  # what it said before is still here
         if size == 0:
             raise EOFError
         return decode(self._view[:size])

@@ -199,7 +199,7 @@ class Remote:
 
     def _shake_hands(self, plain: socket.socket) -> str | None:
         if self.identity is None or not self.is_secret:
-            return "it may want TLS: give the ca of its certificate"
+            return "it wants TLS: give the ca of its certificate" if _wants_tls(plain) else None
         i = self.identity
         context = ssl.create_default_context(cadata=(i.read(i.ca) or b"").decode())
         context.set_alpn_protocols(["h2"])
@@ -217,6 +217,18 @@ class Remote:
         except ssl.SSLError as error:
             return f"TLS failed: {(error.reason or str(error)).lower().replace('_', ' ')}"
         return None
+
+
+def _wants_tls(plain: socket.socket) -> bool:
+    """Whether who answers at ``plain`` speaks TLS; nothing is said to them but a greeting."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.wrap_socket(plain).close()
+    except OSError:  # what came is no greeting of TLS's, or nothing
+        return False
+    return True
 
 
 def remote_at(

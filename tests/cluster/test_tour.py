@@ -369,6 +369,30 @@ def test_workers_of_a_host_that_dies_are_lost_by_name_and_the_others_go_on(tour:
     assert lost < {f"worker {i}" for i in range(4)}
 
 
+def test_a_host_with_a_shard_that_dies_ends_the_run_by_name_and_it_goes_on_without_that_host(
+    tour: Tour,
+) -> None:
+    shards = f"--shards {len(tour.everywhere)}"
+    run = f"--mode async --workers 2 {shards} --clear-text --checkpoint-every-s 2"
+    log = tour.laptop.folder / "shard-dies.log"
+    command = f"{SUBMIT} {run} --updates 1000000 --out runs/shard-dies"
+    process = tour.laptop.begin(f"cd project && {command}", log, **TOKEN)
+    tour.until(lambda: _checkpoint(tour, "shard-dies").exists(), "a checkpoint")
+    (host, *_) = [h for h in tour.others if h.pids("^ray::ShardServer")]
+    tour.others.remove(host)
+
+    host.stop()
+
+    assert process.wait(240) != 0
+    tour.said += [f"laptop$ {command}", *log.read_text().splitlines(), ""]
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("paramserver: ")]
+    there = tour.result(tour.head, "runs/shard-dies")
+    assert there["stopped_because"].removeprefix("error: ") in error
+    assert not tour.head.pids("^ray::(Worker|ShardServer|Gateway)")
+    tour.type(f"{SUBMIT} {run} --updates {there['updates'] + 200} --resume runs/shard-dies")
+    assert tour.result(tour.head, "runs/shard-dies")["updates"] == there["updates"] + 200
+
+
 def test_down_ends_every_process_of_ray(tour: Tour) -> None:
     tour.type(f"ray down -y {PLAIN} deploy/cluster.yaml > down.log 2>&1")
 

@@ -268,7 +268,7 @@ def test_certificates_that_cannot_be_trusted_are_refused(
     with start(identity=foreign.identity("server")) as cluster:
         with pytest.raises(ServerLostError, match="certificate is refused: unable to get local"):
             calls.serves(at(cluster, identity=trusting), timeout_s=5.0)
-        with pytest.raises(ServerLostError, match="it may want TLS: give the ca"):
+        with pytest.raises(ServerLostError, match="it wants TLS: give the ca"):
             calls.serves(at(cluster), timeout_s=5.0)
 
 
