@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -93,7 +93,7 @@ class Fleet:
         }
         self._ledger: Ledger | None = None  # as it was at the last checkpoint
         self._has_failed = False
-        self._is_whole = True  # no shard is known to be lost
+        self._lost_shard: int | None = None
         self._places = Places(
             self._config,
             servers=len(plan.cuts),
@@ -282,7 +282,7 @@ class Fleet:
             try:
                 failure = ray.get(ref, timeout=self._config.call_timeout_s)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-                self._is_whole = False
+                self._lost_shard = index
                 return self._lost_for_good(f"shard {index} was lost")
             if failure is not None:
                 return RunFailedError(f"shard {index} failed: {failure}")
@@ -375,13 +375,19 @@ class Fleet:
         def summarise() -> None:
             told.update(self._summary())
 
-        for last_duty in (
-            lambda: self._stop(reason),
-            self._drain,
-            *((self._evaluate_last, self._checkpoint) if self._is_whole else ()),
-            self._status,  # pushes that came after the last look count, too
-            summarise,
-        ):
+        leads = self._lost_shard != 0  # the leader alone knows where the run stands
+        whole = self._lost_shard is None  # what is left of it is no model
+        last_duties: tuple[tuple[bool, Callable[[], object]], ...] = (
+            (leads, lambda: self._stop(reason)),
+            (True, self._drain),
+            (whole, self._evaluate_last),
+            (whole, self._checkpoint),
+            (leads, self._status),  # pushes that came after the last look count, too
+            (leads, summarise),
+        )
+        for is_possible, last_duty in last_duties:
+            if not is_possible:
+                continue
             try:
                 last_duty()
             except (ParamServerError, ValueError, ray.exceptions.RayError) as another:
@@ -399,4 +405,5 @@ class Fleet:
         except ray.exceptions.RayTaskError as error:
             raise self._explained(error.cause) from None
         except ray.exceptions.RayActorError as error:
-            raise self._lost_for_good(f"a server process was lost while {doing}") from error
+            lost = self._lost_for_good(f"a server process was lost while {doing}")
+            raise self._why_lost() or lost from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +174,37 @@ def test_a_killed_worker_is_replaced_and_every_push_is_applied_once(tmp_path: Pa
     assert result.record["conservation"]["holds"]
     assert recount(columns) == []
     assert set(columns["incarnation"].tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "which", [pytest.param(0, id="first"), pytest.param(-1, id="last", marks=pytest.mark.long)]
+)
+def test_a_killed_shard_ends_the_run_by_name_and_it_goes_on_from_its_checkpoint(
+    tmp_path: Path, which: int
+) -> None:
+    digits, gate = task("digits"), tmp_path / "gate"
+
+    def kill_one() -> None:
+        kill_and_wait(sorted(titled("ray::ShardServer"))[which])
+
+    def trainer(updates: int, **more: Any) -> AsyncTrainer:
+        return AsyncTrainer(
+            replace(digits, loss=slowed(digits.loss, gate, calls=100)),
+            Momentum(lr=0.01),
+            RunConfig(workers=2, updates=updates, checkpoint_every_s=0.1, **more),
+            shards=2,
+            progress=once_at(50, gate, kill_one),
+        )
+
+    with pytest.raises(RunFailedError, match=r"shard [01] was lost; go on from the last checkp"):
+        trainer(10**6, out=tmp_path / "run").fit()
+
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert re.fullmatch("error: shard [01] was lost; .*", record["stopped_because"])
+    deadline = time.monotonic() + 10  # Ray does not say when a killed process has ended
+    while (left := titled("ray::ShardServer") + titled("ray::Worker.run")) != []:
+        assert time.monotonic() < deadline, left
+    assert trainer(300, resume=tmp_path / "run").fit().record["updates"] == 300
 
 
 @pytest.mark.long
