@@ -32,6 +32,7 @@ from paramserver.errors import (
 )
 from paramserver.ledger import Ledger
 from paramserver.measures import summary
+from paramserver.packing import pack
 from paramserver.reach import Reach
 from paramserver.shard import Saved
 from workers.actor import Servers, WorkerActor
@@ -135,6 +136,8 @@ class Fleet:
         self._door.tell(self._run.folder.path)
         self._evaluations.connect()
         self._run.started()
+        if self._run.enough is not None:
+            self._stop(self._run.enough)
         for worker in self._workers:
             self._let_go(worker)
 
@@ -205,8 +208,9 @@ class Fleet:
     def _start_shard(self, index: int) -> None:
         config = self._plan.shard(index, self._addresses[index], self._token, self._start)
         cut = self._cuts[index]
-        params = self._start.params[cut.start : cut.stop].numpy()
-        self._shards.append(ShardActor.options(**self._places.server(index)).remote(config, params))
+        params = pack(self._start.params[cut.start : cut.stop])
+        actor = ShardActor.options(**self._places.server(index))
+        self._shards.append(actor.remote(config, params, self._layout.dtype))
 
     def _spawn(self, worker: int) -> None:
         self._workers[worker] = WorkerActor.options(**self._places.worker(worker)).remote(
@@ -390,7 +394,7 @@ class Fleet:
                 continue
             try:
                 last_duty()
-            except (ParamServerError, ValueError, ray.exceptions.RayError) as another:
+            except Exception as another:  # whatever it is, the first error is the one to tell
                 logger.warning("after %s: %s", type(error).__name__, another)
         self._run.finish(f"error: {reason}", self._last_status, told)
         raise RunFailedError(reason, str(self._run.folder.path)) from error

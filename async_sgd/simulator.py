@@ -335,7 +335,7 @@ class _Simulated:
         for last_duty in (lambda: self._evaluate(status), self._save):
             try:
                 last_duty()
-            except (ParamServerError, ValueError) as another:
+            except Exception as another:  # whatever it is, the first error is the one to tell
                 logger.warning("after %s: %s", type(error).__name__, another)
         self.run.finish(f"error: {error}", status, self._summary())
         raise RunFailedError(str(error), str(self.run.folder.path)) from error

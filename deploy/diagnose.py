@@ -22,7 +22,7 @@ from deploy.trained import Trained, trained
 from paramserver.checkpoint import Checkpoint
 from paramserver.record import AXES, RunFolder, read_record
 from workers.diagnostics import Diagnosis, Diagnostics
-from workers.task import Task, build_data, build_model, recalibrate_batchnorm
+from workers.task import Task, build_data, trained_model
 from workers.tasks import task as find_task
 
 At = Literal["end", "best"]
@@ -193,10 +193,8 @@ def layers(found: Found) -> Table:
 
 
 def _inside(run: Trained, checkpoint: Checkpoint) -> Diagnosis:
-    model, data = build_model(run.task, run.seed), build_data(run.task)
-    run.layout.load(model, checkpoint.params)
-    recalibrate_batchnorm(run.task, model, data.train, seed=run.seed)
-    look = Diagnostics(run.task, model, run.layout, data.train, seed=run.seed)
+    model = trained_model(run.task, checkpoint, seed=run.seed)
+    look = Diagnostics(run.task, model, run.layout, build_data(run.task).train, seed=run.seed)
     return look.look(checkpoint.version)
 
 

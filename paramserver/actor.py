@@ -12,15 +12,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 
 from paramserver.errors import ServerTimeoutError
 from paramserver.freed_memory import keep_freed_memory
 from paramserver.ledger import Ledger
 from paramserver.messages import Kind, Message
+from paramserver.packing import Packed, unpack
 from paramserver.progress import Progress
 from paramserver.round_server import RoundFollower, RoundLeader
 from paramserver.round_shard import RoundShard
@@ -44,11 +43,11 @@ OWN_ADDRESS = "own-node:0"
 class ShardServer:
     """One shard behind its transport. Leads if it is shard 0."""
 
-    def __init__(self, config: ShardConfig, params: NDArray[Any]) -> None:
+    def __init__(self, config: ShardConfig, params: Packed, dtype: torch.dtype) -> None:
         """Keep what `follow` and `lead` need: Ray hides what a constructor raises."""
         torch.set_num_threads(config.threads)
         self._config = config
-        self._params = torch.from_numpy(np.array(params))  # Ray's arrays are read-only views
+        self._params = unpack(params, dtype)
         self._leader: Leader | None = None
 
     @cached_property

@@ -73,8 +73,9 @@ class NonFiniteGradientError(ParamServerError):
         self.worker, self.clock, self.layer = worker, clock, layer
 
     def __str__(self) -> str:
+        of = f" of {self.layer!r}" if self.layer else ""
         return (
-            f"worker {self.worker} at clock {self.clock}: the gradient of {self.layer!r} is not "
+            f"worker {self.worker} at clock {self.clock}: the gradient{of} is not "
             "finite, so it was not applied; lower the learning rate or clip the gradient, or go on "
             "without such gradients with on_nan='drop'"
         )

@@ -22,6 +22,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from paramserver.errors import LayoutError
 from paramserver.groups import Group, apart, group_of
@@ -74,6 +75,11 @@ class Layout:
         if not named:
             raise LayoutError(
                 "the model has no trainable parameter (requires_grad is False on all)"
+            )
+        if (lazy := next((n for n, p in named if is_lazy(p)), None)) is not None:
+            raise LayoutError(
+                f"parameter {lazy} has no shape yet: let the model's factory run it once on a "
+                "sample before it returns it"
             )
         by_dtype: dict[torch.dtype, list[str]] = {}
         for name, parameter in named:

@@ -104,6 +104,19 @@ class RunFolder:
             raise RecordError(f"cannot write {folder.metrics}: {error}") from error
         return folder
 
+    def set_best_aside(self, version: int) -> Path:
+        """Give the best version's checkpoint another name, which the record does not know.
+
+        Raises:
+            RecordError: It cannot be renamed.
+        """
+        aside = self.best.with_name(f"best-{version}")
+        try:
+            self.best.rename(aside)
+        except OSError as error:
+            raise RecordError(f"cannot rename {self.best}: {error}") from error
+        return aside
+
     @property
     def config(self) -> Path:
         """What the run was asked for."""

@@ -298,7 +298,8 @@ class Sequencer:
             return None
         self._spoilt += 1
         if self._on_nan == "stop":
-            self.fail(NonFiniteGradientError(m.worker, state.clock, m.text or "loss"))
+            what = m.text or ("loss" if math.isfinite(m.norm) else "")
+            self.fail(NonFiniteGradientError(m.worker, state.clock, what))
         return "nonfinite"
 
     def _take(self, m: Message, push: Push, scale: float, step: bool) -> Message:
@@ -348,7 +349,8 @@ class Sequencer:
     def _end_if_done(self) -> None:
         updates, samples = self._budget.updates, self._budget.samples
         if updates is not None and self.version >= updates:
-            self.stop(f"{self.version} updates")
+            past = "" if self.version == updates else f", past the {updates} asked for"
+            self.stop(f"{self.version} updates{past}")
         elif samples is not None and self.samples >= samples:
             self.stop(f"{self.samples} samples")
         elif (reason := hopeless(self._spoilt, len(self._workers))) is not None:

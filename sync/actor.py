@@ -13,6 +13,7 @@ import torch
 from paramserver.checkpoint import OptimizerState, scatter_state
 from paramserver.freed_memory import keep_freed_memory
 from paramserver.layout import Layout
+from paramserver.packing import Packed, pack, unpack
 from paramserver.rounds import build_program
 from sync import mesh, shared
 from sync.collective import Collective
@@ -26,7 +27,6 @@ from sync.worker import Finished, Plan, Trainee
 from workers.examiner import Examined, Examiner, Keep, Looks
 from workers.examples import Examples
 from workers.oracles import Oracle
-from workers.packing import Packed, pack, unpack
 from workers.task import Task, build_data, build_model
 
 Kind = Literal["shared_memory", "gloo", "nodes"]

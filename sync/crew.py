@@ -21,11 +21,11 @@ import ray
 
 from paramserver.checkpoint import Checkpoint
 from paramserver.errors import PeerLostError, ResourceError, ServerTimeoutError
+from paramserver.packing import Packed, pack
 from sync.actor import EvaluatorActor, Group, Kind, RankActor, Start
 from sync.desk import Part, Position
 from sync.worker import Finished, Plan
 from workers.examiner import Examined, Keep, Looks
-from workers.packing import Packed, pack
 from workers.reservation import Places
 from workers.task import Task
 

@@ -32,12 +32,12 @@ from paramserver.errors import (
     ServerTimeoutError,
 )
 from paramserver.ledger import StalenessStats
+from paramserver.packing import pack
 from sync.collective import fair_cuts
 from sync.crew import Crew, Lost
 from sync.desk import Part, Position, Status
 from sync.worker import Plan
 from workers.examiner import Examined
-from workers.packing import pack
 from workers.reservation import Places
 from workers.run import Run
 
@@ -56,6 +56,8 @@ class Driver:
     def __init__(self, trainer: SyncTrainer, plan: Plan, start: Checkpoint, run: Run) -> None:
         """Describe the run of ``trainer`` that goes on from ``start``; `drive` makes it."""
         self._t, self._config = trainer, trainer.config
+        if run.enough is not None:  # no rank is to take a step before it hears of that
+            plan = replace(plan, updates=start.version)
         self._plan, self._run = plan, run
         self._latest = start  # what a group that is formed anew goes on from
         self._crew = Crew(
@@ -78,7 +80,7 @@ class Driver:
         self._summary: dict[str, Any] = {}
         self._states: StalenessStats | None = None  # how stale those were that rank 0 carried
         self._traffic = Traffic()  # of the ranks of the last group
-        self._ending: str | None = None  # why the driver wants the run to end
+        self._ending = self._run.enough  # why the driver wants the run to end
 
     def drive(self) -> None:
         """Run to the end; no process stays behind, however it ends."""
@@ -209,7 +211,7 @@ class Driver:
         for last_duty in (self._evaluate_last, self._save):
             try:
                 last_duty(checkpoint)
-            except (ParamServerError, ray.exceptions.RayError) as another:
+            except Exception as another:  # whatever it is, the first error is the one to tell
                 logger.warning("after %s: %s", type(error).__name__, another)
         self._run.finish(f"error: {error}", self._status, self._summary)
         raise RunFailedError(str(error), str(self._run.folder.path)) from error

@@ -86,7 +86,10 @@ class Plan:
         The budget is used up there, or the parameters have diverged.
         """
         if self.updates is not None and position.version >= self.updates:
-            return f"{position.version} updates"
+            past = (
+                "" if position.version == self.updates else f", past the {self.updates} asked for"
+            )
+            return f"{position.version} updates{past}"
         if self.samples is not None and position.samples >= self.samples:
             return f"{position.samples} samples"
         return hopeless(position.spoilt, world)

@@ -152,7 +152,9 @@ class Diagnostics:
                     loss = self._task.loss(self._model, batch)
                 found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
                 both = zip(found, self._parameters, strict=True)
-                gradients.append([torch.zeros_like(p) if g is None else g for g, p in both])
+                gradients.append(
+                    [torch.zeros_like(p) if g is None else g.to_dense() for g, p in both]
+                )
         return gradients, watch.units()
 
     def _steps(self, version: int, weights: Sequence[Tensor]) -> list[float | None]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.layout import Layout
+from paramserver.packing import Packed, pack
 from paramserver.rounds import Sample
 from workers.diagnostics import Diagnosis, Diagnostics
 from workers.gradients import BoundModel
 from workers.holdout import Selected
-from workers.packing import Packed, pack
 from workers.samples import Piece
 from workers.samples import indices as drawn
 from workers.task import Data, Task, evaluate, is_minimised, recalibrate_batchnorm

@@ -17,6 +17,7 @@ from paramserver.compression import COMPRESSIONS
 from paramserver.groups import GROUPS
 from paramserver.layout import Layout
 from paramserver.ledger import Ledger
+from paramserver.packing import unpack
 from paramserver.record import Result, RunFolder, versions
 from paramserver.registry import Registry
 from paramserver.schedules import SCHEDULES
@@ -26,7 +27,6 @@ from workers.curriculum import PACINGS
 from workers.diagnostics import Diagnosis
 from workers.difficulty import DIFFICULTIES
 from workers.examiner import Examined, Keep
-from workers.packing import unpack
 from workers.stopping import STOPPINGS, Stopper
 from workers.task import Task, build_model
 
@@ -88,9 +88,14 @@ class Run:
         self._seconds_before = float(extra.get("seconds", 0.0))
         stopping = config.early_stopping
         self._stopper = None if stopping is None else Stopper(stopping, extra.get("stopping"))
+        self.enough = None if self._stopper is None else self._stopper.enough
+        """Why the run that is resumed had ended early, and ends again; None if it goes on."""
         self._best: dict[str, Any] = dict(extra.get("best", {}))
         if folder.best.exists():  # a run that was killed may have got there after its checkpoint
             self._best = dict(load_checkpoint(folder.best, layout).extra["best"])
+            if self._stopper is None:  # from here on the last version is kept
+                aside = folder.set_best_aside(self._best["version"])
+                logger.warning("the best version so far is in %s: none is kept from here on", aside)
         self._trajectory: Trajectory | None = None
         if config.trajectory is not None:
             self._trajectory = Trajectory(folder.trajectory, layout, config.trajectory)

@@ -98,6 +98,10 @@ class Stopper:
         self._best: float | None = state.get("best")
         self._train: float = state.get("train", math.nan)  # the metric on training samples then
         self._passed: int = state.get("passed", 0)  # evaluations since then
+        self.enough: str | None = state.get("enough")
+        """Why the run has ended early; None if it has not, or is to go on for more evaluations."""
+        if self._passed < config.n:
+            self.enough = None
 
     @property
     def metric(self) -> str:
@@ -118,18 +122,26 @@ class Stopper:
                 f"{', '.join(name.removeprefix('validation_') for name in there) or 'none'}"
             )
         if self._is_better(value):
-            self._best, self._passed = value, 0
+            self._best, self._passed, self.enough = value, 0, None
             self._train = metrics.get(f"train_{self._config.metric}", math.nan)
             return None
+        if self.enough is not None:  # the last evaluation of a run that it has ended
+            return self.enough
         self._passed += 1
         if self._passed < self._config.n or not self._still_learns(metrics):
             return None
         best = "it was never a number" if self._best is None else f"best {self._best:.4g}"
-        return f"{self.metric} no better for {self._passed} evaluations ({best})"
+        self.enough = f"{self.metric} no better for {self._passed} evaluations ({best})"
+        return self.enough
 
     def state(self) -> dict[str, Any]:
         """Return what it takes to go on, as JSON can hold it."""
-        return {"best": self._best, "train": self._train, "passed": self._passed}
+        return {
+            "best": self._best,
+            "train": self._train,
+            "passed": self._passed,
+            "enough": self.enough,
+        }
 
     def _is_better(self, value: float) -> bool:
         if self._best is None:

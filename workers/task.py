@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paramserver.errors import ParamServerError, TaskError
+from paramserver.checkpoint import Checkpoint
+from paramserver.errors import CheckpointError, ParamServerError, TaskError
 from paramserver.groups import Group, freeze
 from workers.batches import Batches
 from workers.curriculum import Course
@@ -55,6 +56,7 @@ __all__ = [
     "modes_of",
     "recalibrate_batchnorm",
     "regrouped",
+    "trained_model",
     "user_code",
 ]
 
@@ -253,8 +255,8 @@ def evaluate(
             with torch.inference_mode():
                 means = {} if task.metrics is None else task.metrics(model, batch)
                 means = {**means, "loss": task.loss(model, batch).item()}
-            for name, mean in means.items():
-                totals[name] = totals.get(name, 0.0) + mean * len(indices)
+            for name, mean in means.items():  # a metric is often a tensor of one element
+                totals[name] = totals.get(name, 0.0) + float(mean) * len(indices)
     if task.headline not in totals:
         raise TaskError(
             f"task {task.name!r} is judged by {task.headline!r} and has only "
@@ -297,6 +299,29 @@ def recalibrate_batchnorm(
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def trained_model(task: Task, checkpoint: Checkpoint, *, seed: int = 0) -> nn.Module:
+    """Return the task's model with a checkpoint's parameters, as a run evaluates it.
+
+    The running statistics of BatchNorm, which no checkpoint has, are those that the run's own
+    evaluations used, if ``seed`` is the run's and ``task`` has its training data.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model.
+        TaskError: The task's model or data cannot be made, or its loss failed.
+    """
+    model = build_model(task, seed)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for slot in checkpoint.layout.slots:
+        if shapes.get(slot.name) != slot.shape:
+            raise CheckpointError(
+                f"the checkpoint is of another model than task {task.name!r} makes: it has "
+                f"{slot.name} of shape {slot.shape}, the model {shapes.get(slot.name, 'none')}"
+            )
+    checkpoint.layout.load(model, checkpoint.params)
+    recalibrate_batchnorm(task, model, build_data(task).train, seed=seed)
+    return model
 
 
 @contextmanager

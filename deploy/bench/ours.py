@@ -14,6 +14,7 @@ from deploy.bench.processes import STARTUP_S, Processes, ask
 from deploy.bench.work import OPTIMIZER, SEED
 from paramserver.actor import ShardActor
 from paramserver.layout import Layout
+from paramserver.packing import pack
 from paramserver.sequencer import Sequencer
 from paramserver.shard_config import ShardConfig
 from workers.actor import Servers, WorkerActor
@@ -35,7 +36,7 @@ def start_shard(processes: Processes, task: Task, num_workers: int) -> tuple[Any
         optimizer=OPTIMIZER,
     )
     shard = processes.adopt(
-        ShardActor.options(num_cpus=0).remote(config, layout.flatten(model).numpy())
+        ShardActor.options(num_cpus=0).remote(config, pack(layout.flatten(model)), layout.dtype)
     )
     ask([shard.lead.remote(Sequencer(Asynchronous().build(num_workers)), [], 30.0)])
     servers = Servers(

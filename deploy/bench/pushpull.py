@@ -22,6 +22,7 @@ from deploy.bench.work import GRADIENT_SEED, OPTIMIZER
 from paramserver.actor import ShardActor
 from paramserver.client import Client
 from paramserver.messages import Kind, Message
+from paramserver.packing import pack
 from paramserver.sequencer import Sequencer
 from paramserver.shard_config import ShardConfig
 from paramserver.transports.shared_memory import SharedMemoryConnection
@@ -109,7 +110,7 @@ def start_ours(processes: Processes, numel: int) -> dict[str, Measure]:
         index=0, address=address, capacity=2, token=token, fingerprint="flat", optimizer=OPTIMIZER
     )
     shard = processes.adopt(
-        ShardActor.options(num_cpus=0).remote(config, torch.zeros(numel).numpy())
+        ShardActor.options(num_cpus=0).remote(config, pack(torch.zeros(numel)), torch.float32)
     )
     processes.named[SERVER] = shard
     ask([shard.lead.remote(Sequencer(Asynchronous().build(1)), [], 30.0)])

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from async_sgd.rules import Asynchronous
@@ -31,6 +30,7 @@ from paramserver.client import Client
 from paramserver.freed_memory import keep_freed_memory
 from paramserver.messages import Kind, Message
 from paramserver.optimizers import SGD
+from paramserver.packing import pack
 from paramserver.sequencer import Sequencer
 from paramserver.shard_config import ShardConfig
 from paramserver.transports.frames import as_bytes
@@ -82,7 +82,7 @@ def far(host: str, numel: int) -> None:
 
 def serve_shard(config: ShardConfig, numel: int, ready: Any) -> None:
     """Serve until the process is ended."""
-    server = ShardServer(config, np.zeros(numel, np.float32))
+    server = ShardServer(config, pack(torch.zeros(numel)), torch.float32)
     server.lead(Sequencer(Asynchronous().build(1)), [], 30.0)
     ready.set()
     threading.Event().wait()

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from async_sgd.rules import RULES
@@ -27,6 +26,7 @@ from paramserver.actor import ShardServer
 from paramserver.compression import COMPRESSIONS, Compression, agreed_by
 from paramserver.freed_memory import keep_freed_memory
 from paramserver.layout import Layout
+from paramserver.packing import pack
 from paramserver.sequencer import Sequencer
 from paramserver.shard_config import ShardConfig
 from paramserver.transports import grpc_connection
@@ -82,8 +82,7 @@ def _serve_shard(address: str, token: str, rule: str, quick: bool, ready: Any) -
         fingerprint=layout.fingerprint,
         optimizer=OPTIMIZER,
     )
-    params: np.ndarray[Any, np.dtype[np.float32]] = layout.flatten(model).numpy()
-    server = ShardServer(config, params)
+    server = ShardServer(config, pack(layout.flatten(model)), layout.dtype)
     server.lead(Sequencer(RULES.parse(rule).build(NUM_WORKERS)), [], 30.0)
     ready.set()
     threading.Event().wait()

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from async_sgd.rules import Pieces
 from paramserver.actor import ShardServer
 from paramserver.ledger import Ledger
 from paramserver.optimizers import AnyOptimizer
+from paramserver.packing import pack
 from paramserver.progress import Budget, Progress
 from paramserver.rounds import Answer, Ask, Round, RoundProgram, Sample, Step, dots
 from paramserver.sequencer import Sequencer
@@ -56,7 +56,7 @@ def two_shards() -> Iterator[tuple[ShardServer, ShardServer]]:
                 cut=range(index * 64, (index + 1) * 64), num_examples=8, num_workers=1
             ),
         )
-        servers.append(ShardServer(config, np.ones(64, dtype=np.float32)))
+        servers.append(ShardServer(config, pack(torch.ones(64)), torch.float32))
     try:
         yield servers[0], servers[1]
     finally:

@@ -187,6 +187,13 @@ def test_a_model_with_nothing_to_train_is_refused() -> None:
         Layout.of(nn.ReLU())
 
 
+def test_a_model_whose_shapes_are_not_known_yet_is_refused() -> None:
+    with pytest.raises(
+        LayoutError, match=r"^parameter 1\.weight has no shape yet: let the model's"
+    ):
+        Layout.of(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
+
+
 def test_a_model_of_two_dtypes_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.float64))
 

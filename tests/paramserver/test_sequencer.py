@@ -161,6 +161,19 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_name() -> None:
     error = s.error
     assert isinstance(error, NonFiniteGradientError)
     assert (error.worker, error.clock, error.layer) == (1, 3, "layer.2.weight")
+    assert "the gradient of 'layer.2.weight' is not finite" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "what"),
+    [(math.nan, 1.0, "the gradient of 'loss' is"), (1.0, math.nan, "the gradient is not finite")],
+)
+def test_what_a_worker_does_not_name_is_not_made_up(loss: float, norm: float, what: str) -> None:
+    s = sequencer()
+
+    push(s, 1, loss=loss, norm=norm)
+
+    assert what in str(s.error)
 
 
 def test_damping_scales_by_staleness() -> None:
@@ -205,6 +218,16 @@ def test_a_run_resumed_at_its_budget_does_nothing_more() -> None:
 
     assert again.ended == "1 updates"
     assert again.on_join(0, 2, 0.0) == []
+
+
+def test_a_run_resumed_past_its_budget_says_so() -> None:
+    done = sequencer(budget=Budget(updates=3))
+    for _ in range(3):
+        push(done, 0)
+
+    again = Sequencer(Asynchronous().build(2), budget=Budget(updates=2), progress=done.progress())
+
+    assert again.ended == "3 updates, past the 2 asked for"
 
 
 def test_a_resumed_run_recognises_whom_it_knew() -> None:

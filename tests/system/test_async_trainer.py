@@ -36,7 +36,7 @@ from paramserver.record import Result
 from paramserver.recount import recount
 from paramserver.schedules import CosineOnce
 from tests.support.gate import once_at, slowed
-from tests.support.kept import check_that_the_best_is_kept
+from tests.support.kept import check_early_stopping
 from tests.support.looked import check_that_the_net_was_looked_at, saturated
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
@@ -89,9 +89,10 @@ def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
         epochs=1e6, early_stopping=Patience(n=3), evaluate_every_s=0.2, out=tmp_path / "run"
     )
 
-    result = AsyncTrainer(task("digits"), Adam(lr=0.01), config, shards=2).fit()
+    def fit(config: RunConfig) -> Result:
+        return AsyncTrainer(task("digits"), Adam(lr=0.01), config, shards=2).fit()
 
-    check_that_the_best_is_kept(result, task("digits"), config)
+    check_early_stopping(fit, task("digits"), config)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,26 @@ def test_a_killed_worker_is_replaced_and_every_push_is_applied_once(tmp_path: Pa
     assert result.record["conservation"]["holds"]
     assert recount(columns) == []
     assert set(columns["incarnation"].tolist()) == {1, 2}
+
+
+def test_a_model_in_bfloat16_is_trained(tmp_path: Path) -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    data = Data(
+        TensorExamples(x, x.sum(1, keepdim=True)), TensorExamples(x, x.sum(1, keepdim=True))
+    )
+    half = Task(
+        name="half",
+        model=lambda: nn.Linear(8, 1, dtype=torch.bfloat16),
+        data=lambda: data,
+        loss=lambda model, batch: (model(batch[0]) - batch[1]).float().square().mean(),
+        headline="loss",
+    )
+    config = RunConfig(updates=200, out=tmp_path / "run")
+
+    result = AsyncTrainer(half, Momentum(lr=0.01), config, shards=2).fit()
+
+    assert result.metrics["loss"] < 0.1 < float(x.float().sum(1).square().mean())
+    assert load_checkpoint(result.checkpoint).params.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

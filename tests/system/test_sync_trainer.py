@@ -25,7 +25,7 @@ from paramserver.record import Result
 from paramserver.schedules import CosineOnce
 from sync.trainer import SyncTrainer
 from tests.support.gate import interrupt, once_at, slowed
-from tests.support.kept import check_that_the_best_is_kept
+from tests.support.kept import check_early_stopping
 from tests.support.looked import check_that_the_net_was_looked_at, saturated
 from tests.support.processes import kill_and_wait, titled
 from tests.support.rates import RATED_UPDATES, RATES, at_its_rate
@@ -206,9 +206,10 @@ def test_early_stopping_keeps_the_best_version(tmp_path: Path) -> None:
         epochs=1e6, early_stopping=Patience(n=3), evaluate_every_s=0.2, out=tmp_path / "run"
     )
 
-    result = SyncTrainer(task("digits"), Adam(lr=0.01), config).fit()
+    def fit(config: RunConfig) -> Result:
+        return SyncTrainer(task("digits"), Adam(lr=0.01), config).fit()
 
-    check_that_the_best_is_kept(result, task("digits"), config)
+    check_early_stopping(fit, task("digits"), config)
 
 
 @pytest.mark.long

@@ -48,6 +48,17 @@ def chain(*links: nn.Module, weight: float = 1.0) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def test_sparse_gradients_are_looked_at_as_dense_ones() -> None:
+    words = torch.randint(5, (32,), generator=torch.Generator().manual_seed(0))
+    layers = []
+    for sparse in (False, True):
+        torch.manual_seed(1)
+        layers.append(look(nn.Embedding(5, 3, sparse=sparse), words).layers)
+
+    assert layers[0] == layers[1]
+    assert layers[0]["weight"].gradient > 0
+
+
 def test_gradients_are_the_means_over_all_samples() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     inputs = torch.randn(32, 3, dtype=torch.float64)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from paramserver.layout import Layout
+from paramserver.packing import unpack
 from workers.examiner import Examiner, Keep, Looks
 from workers.examples import Batch, Data, TensorExamples
-from workers.packing import unpack
 from workers.task import Task
 
 

@@ -89,6 +89,17 @@ def test_a_stopper_that_goes_on_from_its_state_stops_at_the_same_place() -> None
         ]
 
 
+def test_who_has_stopped_has_enough_also_later_unless_more_evaluations_may_pass() -> None:
+    stopper = Stopper(Patience(n=1))
+    assert stopper.enough is None
+    stopper.evaluated({"validation_loss": 0.25})
+    reason = stopper.evaluated({"validation_loss": 0.5})
+    state = json.loads(json.dumps(stopper.state()))
+
+    assert Stopper(Patience(n=1), state).enough == reason
+    assert Stopper(Patience(n=2), state).enough is None
+
+
 @pytest.mark.parametrize("kind", [Patience, Overfitting])
 def test_impossible_values_are_refused(kind: type[Patience]) -> None:
     with pytest.raises(ValueError, match=r"^n must be 1 evaluation or more, got 0$"):

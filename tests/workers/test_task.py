@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from paramserver.errors import DataError, TaskError
+from paramserver.checkpoint import Checkpoint
+from paramserver.errors import CheckpointError, DataError, TaskError
+from paramserver.layout import Layout
+from workers.examiner import Examiner
 from workers.task import (
     Batch,
     Data,
@@ -21,6 +24,7 @@ from workers.task import (
     evaluate,
     is_minimised,
     recalibrate_batchnorm,
+    trained_model,
 )
 
 
@@ -227,6 +231,47 @@ def test_batchnorm_gets_the_statistics_of_the_training_data() -> None:
     assert norm.momentum == 0.1
     assert all(module.training for module in model.modules())
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
+
+
+def test_a_trained_model_is_the_one_that_its_run_evaluated() -> None:
+    x = torch.randn(512, 3, generator=torch.Generator().manual_seed(0)) * 5 + 2
+    examples = TensorExamples(x)
+    task = line_task(
+        model=lambda: nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 1)),
+        data=lambda: Data(examples, examples),
+        loss=lambda model, batch: model(batch[0]).square().mean(),
+        metrics=None,
+        headline="loss",
+    )
+    model = build_model(task, 1)
+    layout = Layout.of(model)
+    params = layout.flatten(model)
+    examiner = Examiner(
+        task, build_model(task, 2), task.data(), layout, [range(layout.numel)], seed=5
+    )
+
+    again = trained_model(task, Checkpoint(layout, 7, params, {}), seed=5)
+
+    assert evaluate(task, again, examples) == examiner.examine(7, [params]).metrics
+    with pytest.raises(CheckpointError, match=r"than task 'line' makes: it has 1\.weight of shape"):
+        trained_model(line_task(), Checkpoint(layout, 7, params, {}))
+
+
+@pytest.mark.parametrize("metric", [torch.tensor(2.0), torch.tensor([2.0]), 2])
+def test_a_metric_may_be_a_tensor_of_one_element(metric: object) -> None:
+    task = line_task(metrics=lambda model, batch: {"mean_x": metric})
+
+    found = evaluate(task, build_model(task, 0), build_data(task).test)["mean_x"]
+
+    assert found == 2.0
+    assert type(found) is float
+
+
+def test_a_metric_that_is_no_number_is_an_error_of_the_task() -> None:
+    task = line_task(metrics=lambda model, batch: {"mean_x": batch[0]})
+
+    with pytest.raises(TaskError, match=r"^evaluating task 'line' failed: "):
+        evaluate(task, build_model(task, 0), build_data(task).test)
 
 
 def test_without_batchnorm_no_data_is_read() -> None:
