@@ -33,15 +33,22 @@ def slowed(loss: Loss, gate: Path, calls: int, seconds: float = 0.02) -> Loss:
     return waiting
 
 
-def once_at(updates: int, gate: Path, act: Callable[[], None]) -> Look:
-    """Return a look that calls ``act`` at the first sight of ``updates``, then opens the gate."""
+def once_at(updates: int, gate: Path | None, act: Callable[[], None]) -> Look:
+    """Return a look that calls ``act`` at the first sight of ``updates``, then opens the gate.
+
+    Without a gate the run stays as slow as it is, and does not reach its end before ``act`` tells.
+    """
+    has_acted = False
 
     def look(status: Mapping[str, Any]) -> None:
-        if status["updates"] >= updates and not gate.exists():
+        nonlocal has_acted
+        if status["updates"] >= updates and not has_acted:
+            has_acted = True
             try:
                 act()
             finally:
-                gate.touch()
+                if gate is not None:
+                    gate.touch()
 
     return look
 

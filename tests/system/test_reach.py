@@ -71,13 +71,13 @@ def test_a_run_whose_gateway_is_lost_ends_once_by_name_with_a_complete_record(
     reach = Reach(transport="grpc")
     trainer = AsyncTrainer(task("digits"), Adam(), config, reach=reach, progress=kill)
 
-    with pytest.raises(RunFailedError, match="the gateway was lost, by which workers") as failed:
+    with pytest.raises(RunFailedError, match="a gateway was lost, by which processes") as failed:
         trainer.fit()
 
     assert len(killed) == 1
     assert failed.value.record == str(tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert "the gateway was lost" in result["stopped_because"]
+    assert "a gateway was lost" in result["stopped_because"]
     assert result["updates"] >= 20
     assert (
         len(Ledger.load(tmp_path / "run" / "updates.npz").columns()["seq"]) == result["gradients"]

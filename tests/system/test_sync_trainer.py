@@ -129,7 +129,7 @@ def test_rounds_go_on_from_the_last_finished_one_whatever_happens(tmp_path: Path
     first, second = tmp_path / "first", tmp_path / "second"
     run_digits(tmp_path / "straight", updates=60)
     stopped = run_digits(
-        tmp_path / "run", slowed_digits(first), updates=60, progress=once_at(3, first, interrupt)
+        tmp_path / "run", slowed_digits(first), updates=60, progress=once_at(3, None, interrupt)
     )
     went_on = run_digits(
         tmp_path / "run",
