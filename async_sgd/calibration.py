@@ -1,11 +1,17 @@
-"""From a real run's record to the delay law it is simulated with, and how well that predicts it.
+"""From a real run's record to the delays it is simulated with, and how well those predict it.
 
-A push's delay is the time from its worker's read to its arrival. Where processes share processors,
-something slows all workers at once, and what they have in common changes no order: it makes delays
-longer, not pushes staler. So each delay is divided by the mean of those around it in the order of
-arrival, about two of each worker, and what is left says how workers differ and how much one of them
-varies. That is fitted by a gamma or a lognormal law, whichever makes it more likely, with a factor
-for every worker; the seconds are such that the law makes as many gradients a second as the run.
+A push's delay is the time from its worker's read to its arrival. What slows all workers at once is
+taken out first, since it makes no push staler: each delay is divided by the median of those around
+it in the order of arrival. What is left says how workers differ and how much one of them varies. It
+is kept in two ways:
+
+    a law         a gamma or a lognormal one, whichever makes the delays more likely, with a factor
+                  for every worker: the run in a few numbers, for other numbers of workers, too
+    `Resampled`   the delays themselves, each drawn from those around its place: processes that
+                  share processors keep their order for seconds and lose it for others, which no
+                  law does that is the same all the time
+
+Both make as many gradients a second as the run.
 """
 
 from __future__ import annotations
@@ -20,12 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from async_sgd.delays import DelayLaw, Gamma, LogNormal
-from paramserver.errors import RecordError
-from paramserver.ledger import Ledger
-from paramserver.record import RunFolder
-
-_LEAST_PUSHES = 20
-"""Pushes of every worker that it takes to say something about its delays."""
+from async_sgd.trace_laws import Resampled
+from async_sgd.traces import read_pushes, without_common
 
 _LEAST_CV = 1e-3
 """Variation below which delays are as good as constant."""
@@ -33,14 +35,17 @@ _LEAST_CV = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A delay law that stands for a recorded run."""
+    """Delays that stand for those of a recorded run."""
 
     folder: Path
     """Of its record."""
     law: DelayLaw
+    """What they are like."""
+    resampled: DelayLaw
+    """What the run is simulated with."""
     num_workers: int
     pushes: int
-    """Delays it was fitted to."""
+    """Delays that were recorded."""
     gradients_per_s: float
     """Pushes a second while the recorded run went."""
     staleness: Mapping[int, int]
@@ -48,35 +53,26 @@ class Calibration:
 
 
 def calibrate(folder: Path) -> Calibration:
-    """Fit a delay law to the record of an asynchronous run.
+    """Fit delays to the record of an asynchronous run.
 
     Raises:
         RecordError: There is no ledger, or too little in it.
     """
-    ledger = Ledger.load(RunFolder(folder).updates)
-    rows = ledger.rows(0)
-    reasons = np.array(ledger.reasons())[rows["dropped"]]
-    rows = rows[reasons != "ended"]  # a worker that is told to stop may have been held up by that
-    delays = rows["end"] - rows["start"]
-    worker = rows["worker"]
-    num_workers = int(worker.max(initial=-1)) + 1
-    each = np.bincount(worker, minlength=num_workers)
-    if num_workers == 0 or each.min() < _LEAST_PUSHES:
-        least = int(each.min()) if num_workers else 0
-        raise RecordError(
-            f"{folder} has {least} pushes of one worker: it takes {_LEAST_PUSHES} of each to fit a "
-            "delay law"
-        )
-    if not (delays > 0).all():
-        raise RecordError(f"{folder} has pushes that took no time: no law fits them")
-    relative = delays / _around(delays, 2 * num_workers + 1)
-    means = np.bincount(worker, relative) / each
-    seconds = float(rows["end"].max() - rows["start"].min())
+    pushes = read_pushes(folder)
+    delays, worker, num_workers = pushes.delays, pushes.worker, pushes.num_workers
+    relative = without_common(pushes)
+    means = np.bincount(worker, relative) / np.bincount(worker)
     # workers that take m_1, m_2, … seconds make 1 / m_1 + 1 / m_2 + … gradients a second
-    mean = float((1 / means).sum() * means.mean()) * seconds / len(rows)
+    mean = float((1 / means).sum() * means.mean()) / pushes.per_s
     law = _most_likely(relative / means[worker], mean, means / means.mean())
     return Calibration(
-        folder, law, num_workers, len(rows), len(rows) / seconds, ledger.staleness.histogram()
+        folder=folder,
+        law=law,
+        resampled=Resampled(path=str(folder)),
+        num_workers=num_workers,
+        pushes=len(delays),
+        gradients_per_s=pushes.per_s,
+        staleness=pushes.staleness,
     )
 
 
@@ -85,15 +81,6 @@ def distance(recorded: Mapping[int, int], simulated: Mapping[int, int]) -> float
     values = {*recorded, *simulated}
     of, to = max(sum(recorded.values()), 1), max(sum(simulated.values()), 1)
     return sum(abs(recorded.get(v, 0) / of - simulated.get(v, 0) / to) for v in values) / 2
-
-
-def _around(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Return the mean of each value and its neighbours, ``window`` in all, fewer at the ends."""
-    ones = np.ones(window)
-    sums = np.convolve(values, ones, mode="same")
-    counts = np.convolve(np.ones_like(values), ones, mode="same")
-    means: NDArray[np.float64] = sums / counts
-    return means
 
 
 def _most_likely(x: NDArray[np.float64], mean: float, factors: NDArray[np.float64]) -> DelayLaw:

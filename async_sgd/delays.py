@@ -1,7 +1,7 @@
 """Delays: how many virtual seconds a worker takes for a gradient, or a server for a push.
 
-All laws but ``trace`` are closed forms, most with known order statistics and queues, so that what
-is simulated with them can be checked. A trace plays again what real processes took.
+All laws but ``trace`` and ``resampled`` are closed forms, most with known order statistics and
+queues, so that what is simulated with them can be checked. Those two have what real processes took.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from async_sgd.traces import Recorded, read_delays
+from async_sgd.trace_laws import Resampled, Trace
 from paramserver.registry import Registry
 
 _MIN_CV, _MAX_CV = 1e-6, 10.0
@@ -285,62 +284,6 @@ class Straggler(_Law):
         return np.where(straggles, self.factor * self.time, self.time)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
-    """Delays that were measured, in their order, again and again.
-
-    They are those of a run's record, or of a text file in one of two forms:
-
-        updates.npz       of each row of the ledger, dropped ones too, its end less its start
-        worker,seconds    under this first line, a worker's number and a delay on each line
-        a delay a line    the same list for all; of M workers, worker w starts w / M into it
-    """
-
-    path: str
-    """The folder of the record, or the text file."""
-
-    _recorded: Recorded | None = field(default=None, init=False, repr=False, compare=False)
-    """Delays by worker, or one list for all, once they are read."""
-
-    def check(self, num_workers: int) -> None:
-        """Read the delays if they are not yet; refuse if a worker has none.
-
-        Raises:
-            ValueError: Workers 0 to ``num_workers`` - 1 are not all in the trace.
-            RecordError: The file is missing, or does not hold delays.
-        """
-        if self._recorded is None:
-            object.__setattr__(self, "_recorded", read_delays(Path(self.path)))
-        recorded = self._recorded
-        if not isinstance(recorded, dict):
-            return
-        missing = next((worker for worker in range(num_workers) if worker not in recorded), None)
-        if missing is not None:
-            raise ValueError(
-                f"the trace {self.path} has delays of {len(recorded)} workers and "
-                f"{num_workers} are needed: there is none of worker {missing}"
-            )
-
-    def draws(
-        self, worker: int, num_workers: int, generator: Generator
-    ) -> Callable[[int], NDArray[np.float64]]:
-        """Return what reads on in the delays of ``worker``; ``generator`` is not used."""
-        assert self._recorded is not None, "draws came before check"
-        if isinstance(self._recorded, dict):
-            delays, place = self._recorded[worker], 0
-        else:
-            delays = self._recorded
-            place = worker * len(delays) // num_workers
-
-        def read_on(n: int) -> NDArray[np.float64]:
-            nonlocal place
-            places = np.arange(place, place + n)
-            place += n
-            return delays.take(places, mode="wrap")
-
-        return read_on
-
-
 def _gamma_shape_and_scale(mean: float, cv: float) -> tuple[float, float]:
     return 1 / cv**2, mean * cv**2
 
@@ -382,3 +325,4 @@ DELAYS.register(
 DELAYS.register("uniform", Uniform)
 DELAYS.register("straggler", Straggler)
 DELAYS.register("trace", Trace)
+DELAYS.register("resampled", Resampled)

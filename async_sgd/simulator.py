@@ -307,6 +307,7 @@ class _Simulated:
             simulated = ledger.staleness.histogram()
             told["like"] = {
                 "path": str(self._like.folder),
+                "law": DELAYS.describe(self._like.law),
                 "gradients_per_s": self._like.gradients_per_s,
                 "staleness": {"histogram": dict(self._like.staleness)},
                 "distance": distance(self._like.staleness, simulated),

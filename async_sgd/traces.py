@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from paramserver.errors import RecordError
@@ -15,6 +18,78 @@ from paramserver.record import RunFolder
 
 Recorded: TypeAlias = dict[int, NDArray[np.float64]] | NDArray[np.float64]
 """Delays in seconds by worker, in their order; or one list for all workers."""
+
+_LEAST_PUSHES = 20
+"""Pushes of every worker that it takes to say something about its delays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pushes:
+    """What a run's record says of when its pushes were made, in the order of their arrival."""
+
+    delays: NDArray[np.float64]
+    """Seconds from the read to the arrival, above 0, shape ``(n,)``."""
+    worker: NDArray[np.integer]
+    """Whose each is, shape ``(n,)``."""
+    num_workers: int
+    """All of them have pushed."""
+    per_s: float
+    """Pushes a second while the run went."""
+    staleness: Mapping[int, int]
+    """Of those that were applied: how many had which."""
+
+
+def read_pushes(folder: Path) -> Pushes:
+    """Read when the pushes of a recorded run were made, but those that came after its end.
+
+    Raises:
+        RecordError: There is no ledger, or too little in it.
+    """
+    ledger = Ledger.load(RunFolder(folder).updates)
+    rows = ledger.rows(0)
+    reasons = np.array(ledger.reasons())[rows["dropped"]]
+    rows = rows[reasons != "ended"]  # a worker that is told to stop may have been held up by that
+    delays, worker = rows["end"] - rows["start"], rows["worker"]
+    num_workers = int(worker.max(initial=-1)) + 1
+    least = int(np.bincount(worker, minlength=num_workers).min()) if num_workers else 0
+    if least < _LEAST_PUSHES:
+        raise RecordError(
+            f"{folder} has {least} pushes of one worker: it takes {_LEAST_PUSHES} of each to fit a "
+            "delay law"
+        )
+    if not (delays > 0).all():
+        raise RecordError(f"{folder} has pushes that took no time: no law fits them")
+    seconds = float(rows["end"].max() - rows["start"].min())
+    return Pushes(delays, worker, num_workers, len(rows) / seconds, ledger.staleness.histogram())
+
+
+def without_common(pushes: Pushes) -> NDArray[np.float64]:
+    """Return delays divided by the median of those around them, about two of each worker.
+
+    Where processes share processors, something slows all workers at once, and what they have in
+    common changes no order: it makes delays longer, not pushes staler. A straggler alone moves no
+    median.
+    """
+    each_side = pushes.num_workers
+    ends = np.pad(pushes.delays, each_side, mode="reflect")
+    around = np.median(sliding_window_view(ends, 2 * each_side + 1), axis=1)
+    relative: NDArray[np.float64] = pushes.delays / around
+    return relative
+
+
+def read_own_delays(folder: Path) -> dict[int, NDArray[np.float64]]:
+    """Read each worker's delays from a run's record, without what all had in common.
+
+    They are in seconds, such that with them as many pushes a second are made as in the run.
+
+    Raises:
+        RecordError: There is no ledger, or too little in it.
+    """
+    pushes = read_pushes(folder)
+    relative = without_common(pushes)
+    own = {worker: relative[pushes.worker == worker] for worker in range(pushes.num_workers)}
+    scale = sum(1 / float(delays.mean()) for delays in own.values()) / pushes.per_s
+    return {worker: delays * scale for worker, delays in own.items()}
 
 
 def read_delays(path: Path) -> Recorded:

@@ -78,6 +78,7 @@ def _staleness(record: Mapping[str, Any]) -> dict[str, str]:
             f"{rate(like['gradients_per_s'])} gradients/s; its histogram of staleness is "
             f"{like['distance']:.3f} away (total variation)"
         )
+        rows["its delays"] = f"much like {spell(DELAYS, like['law'])}"
     law = record.get("conservation")
     if law:
         holds = f"holds: {law['left']:,} = {law['right']:,}"

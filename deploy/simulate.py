@@ -85,7 +85,7 @@ class SimulateFlags(RunFlags):
         if self.seeds > 1 and self.like is not None:
             raise ValueError(
                 "seeds: a run like a recorded one is compared with that record alone: leave out "
-                "seeds or like, or give the delay that like has told of"
+                "seeds or like, or give the delays that a run with like has told of"
             )
         self.network()
         measures_of(self.measure)
@@ -158,7 +158,7 @@ def _like(given: Mapping[str, Any]) -> dict[str, Any]:
         "damping": setup.damping,
         "compensation": setup.compensation,
         "measure": ",".join(setup.measure) or None,
-        "delay": calibrate(record.path).law,
+        "delay": calibrate(record.path).resampled,
         "epochs": None,
         "updates": record.result["updates"],
         "evaluate_every_s": 0.0,

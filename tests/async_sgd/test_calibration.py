@@ -10,6 +10,7 @@ import pytest
 
 from async_sgd.calibration import calibrate, distance
 from async_sgd.delays import DELAYS, DelayLaw, Gamma, LogNormal
+from async_sgd.traces import read_own_delays
 from deploy.flags import spell
 from paramserver.errors import RecordError
 from paramserver.ledger import Ledger
@@ -77,6 +78,51 @@ def test_what_slows_all_workers_at_once_changes_no_staleness(tmp_path: Path) -> 
     histogram, rate = predicted(found.law, seed=1)
     assert distance(found.staleness, histogram) < 0.1
     assert rate == pytest.approx(found.gradients_per_s, rel=0.1)
+
+
+def test_resampled_delays_predict_a_run_that_keeps_its_order_at_times(tmp_path: Path) -> None:
+    """Two runs in one: no law that is the same all the time has the staleness of both."""
+    random = np.random.default_rng(0)
+    half = PUSHES // WORKERS // 2
+    lines = ["worker,seconds"]
+    for worker in range(WORKERS):
+        for cv in (0.02, 0.6):
+            delays = random.gamma(1 / cv**2, cv**2, size=half)
+            lines += [f"{worker},{delay}" for delay in delays]
+    (tmp_path / "delays.csv").write_text("\n".join(lines))
+    recorded(tmp_path, f"trace:path={tmp_path / 'delays.csv'}")
+
+    found = calibrate(tmp_path)
+
+    by_law, by_record = (predicted(law, seed=1)[0] for law in (found.law, found.resampled))
+    assert distance(found.staleness, by_record) < 0.08
+    assert distance(found.staleness, by_law) > 0.2
+
+
+def test_resampled_delays_are_those_around_their_place(tmp_path: Path) -> None:
+    recorded(tmp_path, "gamma:mean=0.2,cv=0.4,factors=1/1/1.2/2")
+    own = read_own_delays(tmp_path)
+    law = DELAYS.parse(f"resampled:path={tmp_path},around=3")
+    law.check(WORKERS)
+
+    drawn = law.draws(2, WORKERS, np.random.default_rng(0))(3 * len(own[2]))
+
+    for i, delay in enumerate(drawn):
+        place = i % len(own[2])
+        assert delay in own[2][max(place - 3, 0) : place + 4]
+    pieces = law.draws(2, WORKERS, np.random.default_rng(0))
+    again = np.concatenate([pieces(n) for n in (1, 7, 0, 500)])
+    np.testing.assert_array_equal(again, drawn[: len(again)])
+    assert sum(1 / delays.mean() for delays in own.values()) == pytest.approx(
+        calibrate(tmp_path).gradients_per_s
+    )
+
+
+def test_resampled_delays_are_of_the_workers_that_were_there(tmp_path: Path) -> None:
+    law = DELAYS.parse(f"resampled:path={recorded(tmp_path, 'exponential')}")
+
+    with pytest.raises(ValueError, match=r"has delays of 4 workers and 5 are needed$"):
+        law.check(5)
 
 
 def test_the_distance_of_histograms() -> None:

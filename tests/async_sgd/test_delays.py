@@ -123,7 +123,7 @@ def test_every_law_has_a_mean_of_1_s_by_default(name: str) -> None:
 
 
 def test_every_law_is_tested() -> None:
-    assert [entry.name for entry in DELAYS] == [*STANDARD_DEVIATIONS, "trace"]
+    assert [entry.name for entry in DELAYS] == [*STANDARD_DEVIATIONS, "trace", "resampled"]
     assert {text.partition(":")[0] for text in CLOSED_FORMS} == set(STANDARD_DEVIATIONS) - {
         "constant",
         "straggler",
@@ -283,6 +283,7 @@ def test_a_law_is_written_with_its_keys_and_rebuilt_from_a_record() -> None:
         ("gamma:spread=-0.1", "spread must be 1e-06 to 10, got -0.1"),
         ("gamma:spread=nan", "spread must be 1e-06 to 10, got nan"),
         ("gamma:factors=1/2,spread=1", "factors and spread both say how workers differ"),
+        ("resampled:path=a,around=-1", "around must be 0 places or more, got -1"),
     ],
 )
 def test_a_value_out_of_range_is_refused(text: str, message: str) -> None:

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(180), pytest.mark.usefixtu
 @pytest.fixture(scope="module")
 def real(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "real"
-    config = RunConfig(workers=4, epochs=60, evaluate_every_s=0, out=folder)
+    config = RunConfig(workers=4, epochs=200, evaluate_every_s=0, out=folder)
     AsyncTrainer(task("digits"), Adam(lr=3e-3), config).fit()
     return folder
 
