@@ -35,7 +35,7 @@ from paramserver.optimizers import OPTIMIZERS, SGD, Adam, Momentum, Optimizer
 from paramserver.record import Result
 from paramserver.recount import recount
 from paramserver.schedules import CosineOnce
-from tests.support.gate import once_at, slowed
+from tests.support.gate import Look, once_at, slowed
 from tests.support.kept import check_early_stopping
 from tests.support.looked import check_that_the_net_was_looked_at, saturated
 from tests.support.processes import kill_and_wait, titled
@@ -208,17 +208,17 @@ def test_a_killed_shard_ends_the_run_by_name_and_it_goes_on_from_its_checkpoint(
     def kill_one() -> None:
         kill_and_wait(sorted(titled("ray::ShardServer"))[which])
 
-    def trainer(updates: int, **more: Any) -> AsyncTrainer:
+    def trainer(updates: int, progress: Look | None = None, **more: Any) -> AsyncTrainer:
         return AsyncTrainer(
             replace(digits, loss=slowed(digits.loss, gate, calls=100)),
             Momentum(lr=0.01),
             RunConfig(workers=2, updates=updates, checkpoint_every_s=0.1, **more),
             shards=2,
-            progress=once_at(50, gate, kill_one),
+            progress=progress,
         )
 
     with pytest.raises(RunFailedError, match=r"shard [01] was lost; go on from the last checkp"):
-        trainer(10**6, out=tmp_path / "run").fit()
+        trainer(10**6, once_at(50, gate, kill_one), out=tmp_path / "run").fit()
 
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert re.fullmatch("error: shard [01] was lost; .*", record["stopped_because"])
