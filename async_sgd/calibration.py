@@ -43,9 +43,6 @@ class Calibration:
     """What they are like."""
     resampled: DelayLaw
     """What the run is simulated with."""
-    num_workers: int
-    pushes: int
-    """Delays that were recorded."""
     gradients_per_s: float
     """Pushes a second while the recorded run went."""
     staleness: Mapping[int, int]
@@ -59,7 +56,7 @@ def calibrate(folder: Path) -> Calibration:
         RecordError: There is no ledger, or too little in it.
     """
     pushes = read_pushes(folder)
-    delays, worker, num_workers = pushes.delays, pushes.worker, pushes.num_workers
+    worker = pushes.worker
     relative = without_common(pushes)
     means = np.bincount(worker, relative) / np.bincount(worker)
     # workers that take m_1, m_2, … seconds make 1 / m_1 + 1 / m_2 + … gradients a second
@@ -69,8 +66,6 @@ def calibrate(folder: Path) -> Calibration:
         folder=folder,
         law=law,
         resampled=Resampled(path=str(folder)),
-        num_workers=num_workers,
-        pushes=len(delays),
         gradients_per_s=pushes.per_s,
         staleness=pushes.staleness,
     )

@@ -380,7 +380,7 @@ class Fleet:
             told.update(self._summary())
 
         leads = self._lost_shard != 0  # the leader alone knows where the run stands
-        whole = self._lost_shard is None  # what is left of it is no model
+        whole = self._lost_shard is None  # a part of a model is none
         last_duties: tuple[tuple[bool, Callable[[], object]], ...] = (
             (leads, lambda: self._stop(reason)),
             (True, self._drain),

@@ -193,8 +193,9 @@ def layers(found: Found) -> Table:
 
 
 def _inside(run: Trained, checkpoint: Checkpoint) -> Diagnosis:
-    model = trained_model(run.task, checkpoint, seed=run.seed)
-    look = Diagnostics(run.task, model, run.layout, build_data(run.task).train, seed=run.seed)
+    data = build_data(run.task)
+    model = trained_model(run.task, checkpoint, seed=run.seed, data=data)
+    look = Diagnostics(run.task, model, run.layout, data.train, seed=run.seed)
     return look.look(checkpoint.version)
 
 

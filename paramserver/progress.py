@@ -18,6 +18,13 @@ class Budget:
     samples: int | None = None
 
 
+def all_made(updates: int, version: int) -> str | None:
+    """Return why a run of ``updates`` ends at ``version``, or None; one resumed may be past it."""
+    if version < updates:
+        return None
+    return f"{version} updates" + (f", past the {updates} asked for" if version > updates else "")
+
+
 def hopeless(spoilt: int, num_workers: int) -> str | None:
     """Return why a run ends whose last ``spoilt`` gradients were not finite, or None for hope.
 

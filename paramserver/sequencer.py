@@ -22,7 +22,7 @@ from paramserver.errors import (
 )
 from paramserver.ledger import Ledger, Move
 from paramserver.messages import Action, Kind, Message
-from paramserver.progress import Budget, Member, Progress, Wait, hopeless
+from paramserver.progress import Budget, Member, Progress, Wait, all_made, hopeless
 from paramserver.rules import Damping, Drop, Push, Rule
 
 
@@ -348,9 +348,8 @@ class Sequencer:
 
     def _end_if_done(self) -> None:
         updates, samples = self._budget.updates, self._budget.samples
-        if updates is not None and self.version >= updates:
-            past = "" if self.version == updates else f", past the {updates} asked for"
-            self.stop(f"{self.version} updates{past}")
+        if updates is not None and (reason := all_made(updates, self.version)) is not None:
+            self.stop(reason)
         elif samples is not None and self.samples >= samples:
             self.stop(f"{self.samples} samples")
         elif (reason := hopeless(self._spoilt, len(self._workers))) is not None:

@@ -25,7 +25,7 @@ from paramserver.layout import Layout
 from paramserver.ledger import StalenessStats
 from paramserver.optimizers import AnyOptimizer, Optimizer
 from paramserver.optimizers.grouped import grouped
-from paramserver.progress import hopeless
+from paramserver.progress import all_made, hopeless
 from paramserver.schedules import Schedule
 from sync.collective import Collective, Sent
 from sync.desk import Desk, Part, Position, Snapshot, Status
@@ -86,10 +86,7 @@ class Plan:
         The budget is used up there, or the parameters have diverged.
         """
         if self.updates is not None and position.version >= self.updates:
-            past = (
-                "" if position.version == self.updates else f", past the {self.updates} asked for"
-            )
-            return f"{position.version} updates{past}"
+            return all_made(self.updates, position.version)
         if self.samples is not None and position.samples >= self.samples:
             return f"{position.samples} samples"
         return hopeless(position.spoilt, world)

@@ -301,11 +301,13 @@ def recalibrate_batchnorm(
                 norm.momentum = momentum
 
 
-def trained_model(task: Task, checkpoint: Checkpoint, *, seed: int = 0) -> nn.Module:
+def trained_model(
+    task: Task, checkpoint: Checkpoint, *, seed: int = 0, data: Data | None = None
+) -> nn.Module:
     """Return the task's model with a checkpoint's parameters, as a run evaluates it.
 
     The running statistics of BatchNorm, which no checkpoint has, are those that the run's own
-    evaluations used, if ``seed`` is the run's and ``task`` has its training data.
+    evaluations used, if ``seed`` is the run's and ``data`` are, which are loaded unless given.
 
     Raises:
         CheckpointError: The checkpoint is of another model.
@@ -320,7 +322,7 @@ def trained_model(task: Task, checkpoint: Checkpoint, *, seed: int = 0) -> nn.Mo
                 f"{slot.name} of shape {slot.shape}, the model {shapes.get(slot.name, 'none')}"
             )
     checkpoint.layout.load(model, checkpoint.params)
-    recalibrate_batchnorm(task, model, build_data(task).train, seed=seed)
+    recalibrate_batchnorm(task, model, (data or build_data(task)).train, seed=seed)
     return model
 
 

@@ -58,7 +58,6 @@ def test_a_law_is_found_again_and_predicts_another_run(
 
     histogram, rate = predicted(found.law, seed=1)
     assert isinstance(found.law, kind)
-    assert (found.num_workers, found.pushes) == (WORKERS, PUSHES)
     assert distance(found.staleness, histogram) < 0.1
     assert rate == pytest.approx(found.gradients_per_s, rel=0.03)
 

@@ -207,7 +207,7 @@ def params_of(model: nn.Module) -> int:
 
 
 def test_the_comparison_with_a_recorded_run_is_in_the_record(tmp_path: Path) -> None:
-    like = Calibration(tmp_path, Exponential(), Exponential(), 3, 100, 2.5, {0: 1, 2: 3})
+    like = Calibration(tmp_path, Exponential(), Exponential(), 2.5, {0: 1, 2: 3})
 
     record = simulated(tmp_path / "run", like=like).record
 
