@@ -69,8 +69,6 @@ class _Stream:
         self.call, self.outgoing = call, outgoing
         self.error: BaseException | None = None
         self.is_over = False
-        self.is_given_up = False
-        """Whether this side ended it, to go on with another one."""
 
 
 class GrpcConnection:
@@ -124,6 +122,7 @@ class GrpcConnection:
         self._received = 0
         self._anew = 0  # the last message whose tensors no neighbour had
         self._unanswered: Message | None = None
+        self._is_closing = False
         self._current = 0  # the buffer of the last read
         self._number = 0
         with self._condition:
@@ -174,9 +173,7 @@ class GrpcConnection:
                     self._check_broken("waiting for an answer", timeout_s)
                     self._condition.wait(min(pause_s, max(0.0, deadline - time.monotonic())))
                     pause_s = min(2 * pause_s, _LAST_PAUSE_S)
-                    self._stream = self._open()
-                    if self._unanswered is not None:
-                        self._put(self._unanswered)
+                    self._begin_again()
         raise ServerTimeoutError(self.shard, "waiting for an answer", timeout_s)
 
     def poll(self) -> Message | None:
@@ -191,6 +188,7 @@ class GrpcConnection:
     def close(self) -> None:
         """Leave, and wait until the shard has heard it, for a moment."""
         with self._condition:
+            self._is_closing = True
             stream = self._stream
             stream.outgoing.put(None)
             if not stream.is_over:
@@ -221,8 +219,6 @@ class GrpcConnection:
     def _check_broken(self, doing: str, timeout_s: float) -> None:
         """Raise unless the stream ended because the network broke, and somebody may be there."""
         error = self._stream.error
-        if self._stream.is_given_up:
-            return
         if error is None:
             raise ServerLostError(self.shard, doing)
         if not isinstance(error, grpc.RpcError):
@@ -232,6 +228,12 @@ class GrpcConnection:
         if self._remote.is_deserted():
             where = f"{doing} at {self._remote.address} (its gateway has ended)"
             raise ServerLostError(self.shard, where) from error
+
+    def _begin_again(self) -> None:
+        """Open another stream in the place of one that is over; say again what is not answered."""
+        self._stream = self._open()
+        if self._unanswered is not None:
+            self._put(self._unanswered)
 
     def _open(self) -> _Stream:
         """Begin a stream, and a thread that reads from it."""
@@ -270,17 +272,20 @@ class GrpcConnection:
 
     def _read(self, stream: _Stream) -> None:
         error: BaseException | None = None
+        asks_anew = False
         try:
             with Neighbours(self._remote.token, self.buffers[0]) as neighbours:
                 self._anew = self._take(stream, neighbours)
-            stream.is_given_up = self._anew > 0
+            asks_anew = self._anew > 0
         except (grpc.RpcError, ParamServerError) as caught:
             error = caught
-        if error is not None or stream.is_given_up:
+        if error is not None or asks_anew:
             with contextlib.suppress(grpc.RpcError):
                 stream.call.cancel()
         with self._condition:
             stream.error, stream.is_over = error, True
+            if asks_anew and not self._is_closing:  # at once: others may wait for what it brings
+                self._begin_again()
             self._condition.notify_all()
         stream.outgoing.put(None)  # else gRPC's thread waits for the next frame for ever
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from async_sgd.rules.gathering import BSP
+from async_sgd.rules.ringmaster import Ringmaster
 from paramserver.client import Client, Reading
 from paramserver.errors import ProtocolError
 from paramserver.messages import Kind, Message
@@ -135,6 +136,31 @@ def shelf_of(client: Client) -> Shelf:
     assert isinstance(connection, GrpcConnection)
     assert connection._shelf is not None
     return connection._shelf
+
+
+def test_who_asks_anew_does_so_at_once_and_not_when_it_next_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker that only looks for a newer read while it computes is sent it, too."""
+    asked: list[int] = []
+
+    def refuse(near: Neighbours, holder: Holder, into: object) -> bool:
+        asked.append(holder.number)
+        return False
+
+    monkeypatch.setattr(Neighbours, "copy", refuse)
+    rule = Ringmaster(limit=1, cancel=True).build(2)
+    with GrpcCluster(vector(0), readers=2, rule=rule) as cluster:
+        slow, fast = cluster.join(0), cluster.join(1)
+        slow.first_read(), fast.first_read()
+        for seed in range(8):
+            step([fast], seed)
+        newest, deadline = 0, time.monotonic() + 4.0
+        while newest < 8:
+            assert time.monotonic() < deadline, f"version {newest} is the newest one"
+            found = slow.newer_read()
+            newest = newest if found is None else found.version
+    assert asked
 
 
 def test_a_neighbour_without_news_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
